@@ -1,0 +1,1776 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: MIT
+"""Say which system user and which program sent each message that came in by SMTP to localhost.
+
+A milter for Postfix and Sendmail. Every message from a local SMTP client gets a header and a log line:
+
+    X-Sender-Process-Info: user=stefan program=telnet
+
+    4Zb9Xk1c2Tz3: client=127.0.0.1:43210 user=stefan uid=1001 program=telnet pid=4711 exe=/usr/bin/telnet
+    dir=/home/stefan unit=session-3.scope from=stefan@example.org rcpts=1 action=tag      (one line)
+
+The user is the one who made the client's socket, as the kernel's sock_diag says it: blocking and limits rest
+on that alone. The program is what holds the socket at the time: a description, never a credential. What is
+not known is written "?", and is never turned into root or into somebody else.
+
+It cannot know who is behind a relay on this host (docker-proxy, another network namespace, XCLIENT or PROXY),
+and it promises nothing against root. README.md has the whole list.
+"""
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("milter_sysuser: needs Python 3.9 or newer, this is " + sys.version.split()[0])
+
+import argparse  # noqa: E402  (after the line that tells an old Python apart)
+import ctypes  # noqa: E402
+import grp  # noqa: E402
+import ipaddress  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import pwd  # noqa: E402
+import queue  # noqa: E402
+import re  # noqa: E402
+import resource  # noqa: E402
+import select  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import stat  # noqa: E402
+import struct  # noqa: E402
+import subprocess  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+import traceback  # noqa: E402
+from collections import OrderedDict  # noqa: E402
+from concurrent.futures import Future, TimeoutError as LateError  # noqa: E402
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional  # noqa: E402
+
+try:
+    import Milter  # noqa: E402
+    import psutil  # noqa: E402
+except ImportError as missing:
+    sys.stderr.write("milter_sysuser: %s: install pymilter and psutil "
+                     "(Debian: python3-milter python3-psutil)\n" % missing)
+    sys.exit(78)
+
+VERSION = "1.0"
+
+# =============================================================================================== settings
+# Plain values, one name each. Edit, then run "milter_sysuser.py --check", then restart the milter.
+
+# The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that run_as_user may
+# write to. Only that user (and root) may connect to it. Postfix's smtpd is chrooted on some systems: a path
+# below /var/spool/postfix works either way, named without that prefix in main.cf (unix:private/milter.sock).
+socketname = "/var/spool/postfix/private/milter.sock"
+
+# Seconds to wait for the MTA to go on with a message before its connection is dropped. An SMTP client that
+# thinks for longer than this between two commands finds its next message untagged. 0: wait without end.
+timeout = 600
+
+# The user to become when started as root, for good; the user the MTA's smtpd runs as. Already being that user
+# is fine. None: stay as started, which for root means root in the process that faces the mail.
+run_as_user = "postfix"
+
+# Who may not send mail: user names, numeric uids, "@group" for everyone in a group.
+# Example: ["bob", 1004, "@suspended"]
+blocked_mailusers = []
+
+# A file with one such entry a line, "#" begins a comment; read again when it changes, without a restart. It must
+# belong to root or run_as_user and be writable by its owner only. Put a new one in place by rename (mv): a file
+# edited in place is empty for a moment. Example: "/etc/milter_sysuser.blocked"
+blocked_mailusers_file = None
+
+# What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again), "quarantine"
+# (the MTA's hold queue), or "log" (passed and tagged, and the log says what would have been done: a dry run).
+blocked_action = "reject"
+
+# What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail", "quarantine" or
+# "reject". The trap: a user can arrange to be unknown by closing the connection early, so with "accept" a
+# blocked user's mail can still pass that way, unnamed; with the others a client that is merely hasty is refused.
+unidentified_action = "accept"
+
+# How many recipients a user may address in any hour: by name, "*" for everyone else, None for no limit. The
+# count is lost at a restart. Example: {"*": 200, "www-data": 1000, "root": None}
+hourly_limits = {}
+
+# The name of the header that is added, and removed wherever else it comes from.
+header_name = "X-Sender-Process-Info"
+
+# What the header says, in this order: user, uid, program, pid, exe, args (the command line, which can hold
+# passwords), dir (working directory), unit (systemd unit or container). The header leaves with the mail.
+# []: no header is added; forged ones are still removed.
+header_fields = ["user", "program"]
+
+# The same choice for the log.
+log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
+
+# How lsof is called where this is not started as root; sudoers.example has the rule it needs.
+# []: never; the program is then "?" for other users' processes.
+lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
+# ========================================================================================== end of settings
+
+SETTINGS = ("socketname", "timeout", "run_as_user", "blocked_mailusers", "blocked_mailusers_file", "blocked_action",
+            "unidentified_action", "hourly_limits", "header_name", "header_fields", "log_fields", "lsof_command")
+FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
+REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321, 4.2.3; RFC 3463, 3.8
+
+EX_CONFIG = 78  # sysexits.h
+LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
+MOST_FORGED = 100  # removing n headers takes the MTA n * n steps
+HELPER_SECONDS = 0.3  # what a connection waits at most for its description, its turn included
+SEARCH_SECONDS, SEARCH_LINKS = 0.2, 150_000  # what one search may cost; a link is read in about 1 us
+HOT_SECONDS = 2.0  # how long a user whose search ran over that waits for the next, so that others get theirs
+LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; one argument may be 128 KiB
+ARGS_SECONDS = 0.05  # reading a command line can be made to hang
+FACT_BYTES = 512  # of each fact from the process table
+VALUE_CHARACTERS = 256  # of each value in a header, reply or log line
+LINE_OCTETS = 998  # RFC 5322, 2.1.1
+NAME_SECONDS, REFRESH_SECONDS = 0.3, 60  # to wait for a name that is not known yet; to believe one that is
+MOST_REMEMBERED = 10_000  # users or sockets in each memory; the longest unused is forgotten first
+MOST_FILE_BYTES = 1 << 20
+
+# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h, linux/tcp.h, net/tcp_states.h
+NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
+NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
+INET_DIAG_INFO, INET_DIAG_CGROUP_ID = 2, 21
+TCPI_BYTES_SENT = 200  # offset in struct tcp_info, Linux 4.19
+# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: the states in which a message may be under way
+STATES = {1, 4, 5, 8, 9, 11}
+LOOPBACK = 1  # LOOPBACK_IFINDEX in net/flow.h: the index of lo, in every network namespace
+OVERFLOW_UID = 65534  # what a user namespace shows for a uid it does not map (user_namespaces(7))
+# linux/capability.h, linux/prctl.h, linux/exportfs.h
+CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19  # both, to see what files other users' processes have open
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
+FILEID_KERNFS = 0xFE
+
+LINUX = sys.platform.startswith("linux")
+LIBC = ctypes.CDLL(None, use_errno=True)
+BARE = re.compile(rb"[A-Za-z0-9._+@/:-]+")
+ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f@:#*][^\s\x00-\x1f\x7f:#*]*")
+log = logging.getLogger("milter_sysuser")
+
+
+# ------------------------------------------------------------------------------------------------- values
+class Endpoint(NamedTuple):
+    """One end of a TCP connection; a v4-mapped address is stored as the four bytes it stands for."""
+
+    address: bytes
+    port: int
+
+
+class Diag(NamedTuple):
+    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
+
+    state: int
+    source: Endpoint
+    destination: Endpoint
+    uid: int
+    inode: int
+    cookie: int  # the kernel's number of this one socket, never used again
+    cgroup: int  # inode number of the cgroup v2 directory; 0 where the kernel does not say (before 5.8)
+    sent: Optional[int]  # bytes; None where the kernel does not say
+
+
+class Owner(NamedTuple):
+    """Whose the client's end of a connection is."""
+
+    uid: Optional[int]  # None: not known
+    why: str = ""  # one word, where uid is None
+    inode: int = 0  # 0: no process has it open any more
+    cgroup: int = 0
+    cookie: Any = None
+    interface: int = 0  # the index under which the kernel found it
+    holder: Optional[psutil.Process] = None  # only where there is no sock_diag
+
+
+class Person(NamedTuple):
+    """A user as the directory service (NSS) knows it."""
+
+    uid: int  # of the account; for a delegated uid that of the user it was delegated to
+    name: Optional[str] = None  # None: no such user, or not known yet
+    gid: Optional[int] = None
+    settled: bool = False  # whether the directory has answered
+
+
+class Entries(NamedTuple):
+    """A block list, resolved."""
+
+    uids: frozenset[int] = frozenset()
+    names: frozenset[str] = frozenset()
+    gids: frozenset[int] = frozenset()
+    unresolved: frozenset[str] = frozenset()
+
+
+Facts = dict[str, Any]  # of one process: FIELDS less user and uid, "holders" (uids), or "why" they are unknown
+
+
+class Sender(NamedTuple):
+    """Who sent a message, and with what."""
+
+    person: Optional[Person]  # None: not known
+    uid: Optional[int]  # as the kernel gave it
+    facts: Facts
+    why: str  # one word, where something is not known
+    suspects: tuple[Person, ...]  # the person; or whoever it may have been
+    holder: Optional[Person] = None  # who has the socket, if that is somebody else
+
+
+class Verdict(NamedTuple):
+    """What becomes of a message."""
+
+    action: str
+    reason: str = ""
+    text: str = ""  # of the reply
+
+
+class BusyError(Exception):
+    """A search has used up its budget."""
+
+
+# ------------------------------------------------------------------------------------------ pure functions
+def escape(data: bytes) -> str:
+    """Write every control, non-ASCII and undecodable byte as backslash, x and two hexadecimal digits."""
+    return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in data)
+
+
+def quote(value: Any) -> str:
+    """Make a value fit for a header, a reply or a log line; None is written "?"."""
+    if value is None:
+        return "?"
+    text = value if isinstance(value, (bytes, str)) else str(value)
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape" if not re.search(
+        "[\ud800-\udc7f\udd00-\udfff]", text) else "surrogatepass")
+    if len(data) <= VALUE_CHARACTERS and BARE.fullmatch(data):
+        return data.decode()
+    pieces = [escape(b"\\" + bytes([b]) if b in b'"\\' else bytes([b])) for b in data[:VALUE_CHARACTERS + 1]]
+    if sum(map(len, pieces)) > VALUE_CHARACTERS:
+        while sum(map(len, pieces)) > VALUE_CHARACTERS - 3:
+            pieces.pop()
+        pieces.append("...")
+    return '"' + "".join(pieces) + '"'
+
+
+def key_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
+    """Write pairs as key=value, values quoted."""
+    return [f"{key}={quote(value)}" for key, value in pairs]
+
+
+def fold(words: list[str], taken: int) -> str:
+    """Join words with blanks, breaking lines between them so that none passes 998 octets; taken: the name's."""
+    lines, room = [""], LINE_OCTETS - taken
+    for word in words:
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > room:
+            lines.append("")
+            room = LINE_OCTETS - 1
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n\t".join(lines)
+
+
+def endpoint(address: str, port: int) -> Endpoint:
+    """Read an address as an MTA writes it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError if it is none."""
+    ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
+    return Endpoint((getattr(ip, "ipv4_mapped", None) or ip).packed, port)
+
+
+def diag_request(source: Endpoint, destination: Endpoint, interface: int, flags: int = 0) -> bytes:
+    """Build a struct nlmsghdr and inet_diag_req_v2 for one socket, given by both ends."""
+    family = socket.AF_INET6 if len(source.address or destination.address) == 16 else socket.AF_INET
+    states = sum(1 << state for state in STATES)
+    return (struct.pack("=IHHII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | flags, 0, 0)
+            + struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0, states)
+            + struct.pack(">HH16s16s", source.port, destination.port, source.address, destination.address)
+            + struct.pack("=IQ", interface, 0xFFFFFFFFFFFFFFFF))  # INET_DIAG_NOCOOKIE twice
+
+
+def diag_replies(data: bytes) -> Iterator[Optional[Diag]]:
+    """Read the kernel's messages; None is the end of a dump; OSError with the errno the kernel gives."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, at)
+        if kind == NLMSG_ERROR:
+            code = -struct.unpack_from("=i", data, at + 16)[0]
+            raise OSError(code, os.strerror(code))
+        if kind == NLMSG_DONE:
+            yield None
+            return
+        if length < 88 or at + length > len(data):
+            raise OSError(0, "sock_diag gave a message that is cut short")
+        yield diag_message(data[at + 16:at + length])
+        at += (length + 3) & ~3
+
+
+def diag_message(body: bytes) -> Diag:
+    """Read one struct inet_diag_msg with its attributes."""
+    family, state, sport, dport, source, destination, _, cookie = struct.unpack_from("=BB2x2s2s16s16sIQ", body)
+    uid, inode = struct.unpack_from("=II", body, 64)
+    mapped = b"\0" * 10 + b"\xff\xff"
+    ends = []
+    for address, port in ((source, sport), (destination, dport)):
+        short = address[:4] if family == socket.AF_INET else address[12:] if address.startswith(mapped) else address
+        ends.append(Endpoint(short, int.from_bytes(port, "big")))
+    cgroup, sent, at = 0, None, 72
+    while at + 4 <= len(body):
+        length, kind = struct.unpack_from("=HH", body, at)
+        if kind == INET_DIAG_CGROUP_ID:
+            cgroup = struct.unpack_from("=Q", body, at + 4)[0]
+        elif kind == INET_DIAG_INFO and length >= 4 + TCPI_BYTES_SENT + 8:
+            sent = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_SENT)[0]
+        at += max((length + 3) & ~3, 4)
+    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, sent)
+
+
+def unit_of(cgroups: str) -> Optional[str]:
+    """Find the first .service or .scope from the root in /proc/PID/cgroup; users can make others below theirs."""
+    paths = [line.split(":", 2)[2] for line in cgroups.splitlines() if re.match(r"0::|\d+:name=systemd:", line)]
+    for part in "/".join(paths).split("/"):
+        if part.endswith((".service", ".scope")):
+            return part
+    return next((path for path in paths if path.strip("/")), None)
+
+
+def lsof_holder(output: bytes, inode: int) -> Optional[int]:
+    """Find in the output of lsof -Fpd the process that has the socket with that inode; None if there is none."""
+    pid = None
+    for line in output.split(b"\n"):
+        if line[:1] == b"p" and line[1:].isdigit():
+            pid = int(line[1:])
+        elif line == b"d%d" % inode:
+            return pid
+    return None
+
+
+def is_blocked(person: Person, uid: Optional[int], entries: Entries) -> Optional[bool]:
+    """Match by uid, name and group; None: the directory has not said enough to tell.
+
+    uid: as the kernel gave it, which for a delegated uid is not the person's; None if there is none.
+    """
+    if person.uid in entries.uids or uid in entries.uids or person.name in entries.names or person.gid in entries.gids:
+        return True
+    doubtful = person.name is None and (entries.unresolved or not person.settled) and (entries.names or entries.gids)
+    return None if doubtful else False
+
+
+def entry_problem(entry: Any) -> Optional[str]:
+    """Say what is wrong with an entry of a block list, None if it is well."""
+    if whole(entry) or isinstance(entry, str) and ENTRY.fullmatch(entry):
+        return None
+    return f"{entry!r} is not a user name, a numeric uid or \"@group\""
+
+
+def whole(value: Any) -> bool:
+    """Tell whether it is a whole number that is not negative; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# ------------------------------------------------------------------------- settings: every rule in one place
+def settings_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Check all settings; yield one sentence a problem, naming the setting, its value and the rule."""
+    for name, problem in itertools.chain(path_problems(values), list_problems(values), user_problems(values)):
+        yield f"{name} = {values[name]!r}: {problem}"
+    if not whole(values["timeout"]) or values["timeout"] > LONGEST_TIMEOUT:
+        yield f"timeout = {values['timeout']!r}: must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
+    for name, actions in (("blocked_action", ("reject", "tempfail", "quarantine", "log")),
+                          ("unidentified_action", ("accept", "tempfail", "quarantine", "reject"))):
+        if values[name] not in actions:
+            yield f"{name} = {values[name]!r}: must be one of " + ", ".join(map(repr, actions))
+    header = values["header_name"]
+    if not isinstance(header, str) or not re.fullmatch(r"[!-9;-~]{1,76}", header):
+        yield f"header_name = {header!r}: must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322, 2.2)"
+
+
+def path_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Check the socket's path and directory."""
+    path = values["socketname"]
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > 107:
+        yield "socketname", "must be an absolute path of at most 107 bytes"
+    elif not os.path.isdir(os.path.dirname(path)):
+        yield "socketname", f"there is no directory {os.path.dirname(path)}"
+    else:
+        user = account(values["run_as_user"])
+        directory = os.stat(os.path.dirname(path))
+        if user and not may_write(directory, user):
+            yield "socketname", f"user {user.pw_name} may not write to {os.path.dirname(path)}"
+        if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            yield "socketname", "there is something at that path that is not a socket"
+
+
+def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Check the settings that are lists."""
+    for name in ("header_fields", "log_fields"):
+        if not isinstance(values[name], list) or any(field not in FIELDS for field in values[name]):
+            yield name, "must be a list of " + ", ".join(FIELDS)
+        elif len(set(values[name])) < len(values[name]):
+            yield name, "names a field twice"
+    if not isinstance(values["blocked_mailusers"], list):
+        yield "blocked_mailusers", 'must be a list, like ["bob"]'
+    else:
+        for problem in filter(None, map(entry_problem, values["blocked_mailusers"])):
+            yield "blocked_mailusers", problem
+    command = values["lsof_command"]
+    if not isinstance(command, list) or not all(isinstance(word, str) and word and "\0" not in word for word in command):
+        yield "lsof_command", "must be a list of words, or []"
+
+
+def user_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Check run_as_user, the block list's file and the limits."""
+    user, name = account(values["run_as_user"]), values["run_as_user"]
+    if name is not None and user is None:
+        yield "run_as_user", "there is no such user"
+    elif user and os.geteuid() not in (0, user.pw_uid):
+        yield "run_as_user", f"started under uid {os.geteuid()}, which is neither root nor that user"
+    file = values["blocked_mailusers_file"]
+    if file is not None:
+        if not isinstance(file, str) or not file.startswith("/"):
+            yield "blocked_mailusers_file", "must be an absolute path, or None"
+        else:
+            try:
+                read_entries(file, user.pw_uid if user else os.geteuid())
+            except (OSError, ValueError) as error:
+                yield "blocked_mailusers_file", str(error)
+    limits = values["hourly_limits"]
+    if not isinstance(limits, dict):
+        yield "hourly_limits", 'must be like {"*": 200, "root": None}'
+        return
+    for key, limit in limits.items():
+        if key != "*" and not whole(key) and account(key) is None:
+            yield "hourly_limits", f"there is no user {key!r}"
+        if limit is not None and not whole(limit):
+            yield "hourly_limits", f"{key!r}: a limit is a whole number of recipients, or None"
+
+
+def account(name: Any) -> Optional[pwd.struct_passwd]:
+    """Look a user up by name; None if there is none of that name."""
+    try:
+        return pwd.getpwnam(name)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
+    """Tell whether a user, without supplementary groups, may make files in a directory."""
+    mode = directory.st_mode >> (6 if directory.st_uid == user.pw_uid else 3 if directory.st_gid == user.pw_gid else 0)
+    return user.pw_uid == 0 or mode & 3 == 3
+
+
+def read_entries(path: str, owner: int) -> list[Any]:
+    """Read a block list's file; OSError or ValueError if it cannot be read or may not be trusted.
+
+    owner: the uid that may own it besides root.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: it may be a FIFO
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        if status.st_uid not in (0, owner) or status.st_mode & 0o022:
+            raise ValueError(f"{path} must belong to root or run_as_user and be writable by its owner only")
+        data = file.read(MOST_FILE_BYTES + 1)
+    if len(data) > MOST_FILE_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_FILE_BYTES} bytes")
+    entries: list[Any] = []
+    for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+        entry = line.split("#", 1)[0].strip()
+        problem = entry and entry_problem(entry)
+        if problem:
+            raise ValueError(f"{path}, line {number}: {problem}")
+        if entry:
+            entries.append(entry)
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------- log
+class LogFormat(logging.Formatter):
+    """Under journald a level it understands (sd-daemon(3)), elsewhere time and level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write one line; what strangers control in it has been quoted before."""
+        if "JOURNAL_STREAM" in os.environ:
+            level = {logging.ERROR: 3, logging.WARNING: 4}.get(record.levelno, 6)
+            return f"<{level}>{record.getMessage()}"
+        return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {record.levelname} {record.getMessage()}"
+
+
+class Complaints:
+    """Log a fault that may repeat for every connection once a minute, with a count."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, text: str, *arguments: Any) -> bool:
+        """Log an error unless the same text was logged in the last minute; tell whether it was."""
+        last, count = self.seen.get(text, (float("-inf"), 0))
+        if time.monotonic() - last < REFRESH_SECONDS:
+            self.seen[text] = last, count + 1
+            return False
+        self.seen[text] = time.monotonic(), 0
+        log.error(text + (f" ({count} more like this before)" if count else ""), *arguments)
+        return True
+
+
+complain = Complaints()
+
+
+def report_exception(kind: Any, error: Any, trace: Any) -> None:
+    """Log a traceback; pymilter's own, from bytes it could not decode, come here as sys.excepthook."""
+    if complain("a callback failed, its mail goes on as unidentified: %s", kind.__name__):
+        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+            log.error("  %s", escape(line.encode("utf-8", "backslashreplace")))
+
+
+def start_log() -> None:
+    """Log to stderr; a full disk or a closed pipe there must not reach the mail."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.raiseExceptions = False
+    logging.logThreads = False  # before Python 3.13 naming libmilter's threads leaks memory for each
+
+
+# -------------------------------------------------------------------------------------- the kernel's answer
+def sock_diag(request: bytes) -> list[Diag]:
+    """Ask the kernel; OSError with its errno if it refuses. An unprivileged call of about 15 us."""
+    found: list[Diag] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+        netlink.send(request)
+        while True:
+            for reply in diag_replies(netlink.recv(65536, socket.MSG_DONTWAIT)):
+                if reply is None:
+                    return found
+                found.append(reply)
+            if not struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP:
+                return found
+
+
+def find_socket(source: Endpoint, destination: Endpoint, interface: int) -> Optional[Diag]:
+    """Ask for one socket by both ends; None if there is none, and never a listener that the kernel offers instead."""
+    try:
+        found = sock_diag(diag_request(source, destination, interface))
+    except FileNotFoundError:
+        return None
+    return next((diag for diag in found if (diag.source, diag.destination) == (source, destination)
+                 and diag.state in STATES), None)
+
+
+def own_end(client: Endpoint, port: int) -> Optional[Endpoint]:
+    """Read the server's address from the MTA's own end of the connection; None if there is none, or several.
+
+    port: the server's, 0 if the MTA did not say. Only an accepted socket has an inode.
+    """
+    ends = {diag.source for address in (b"\0" * 4, b"\0" * 16)
+            for diag in sock_diag(diag_request(Endpoint(address, port), Endpoint(b"", client.port), 0, NLM_F_DUMP))
+            if diag.destination == client and diag.inode and port in (0, diag.source.port)}
+    return ends.pop() if len(ends) == 1 else None
+
+
+def is_local(address: bytes) -> bool:
+    """Tell whether an address is this host's, by binding it (5 us); OSError if that cannot be told."""
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    text = socket.inet_ntop(family, address)
+    try:
+        with open(f"/proc/sys/net/ipv{4 if len(address) == 4 else 6}/ip_nonlocal_bind", "rb") as file:
+            if file.read().strip() != b"0":  # then everything can be bound
+                own = {a.address.split("%")[0] for nics in psutil.net_if_addrs().values() for a in nics}
+                return text in own or ipaddress.ip_address(address).is_loopback
+    except FileNotFoundError:
+        pass
+    scopes = [index for index, _ in socket.if_nameindex()] if address[:1] == b"\xfe" else [0]
+    for scope in scopes:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((text, 0) if family == socket.AF_INET else (text, 0, 0, scope))
+                return True
+            except OSError as error:
+                if error.errno == 98:  # EADDRINUSE: no port is free, but the address is ours
+                    return True
+                if error.errno not in (22, 99):  # EINVAL, EADDRNOTAVAIL
+                    raise
+    return False
+
+
+def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
+    """Ask the kernel whose the client's end is; None if the client is not on this host.
+
+    server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
+    """
+    if server is None or not any(server.address):
+        server = own_end(client, server.port if server else 0)
+    # A socket bound to a device is found under that device's index only, any other under every index.
+    interface, diag = LOOPBACK, find_socket(client, server, LOOPBACK) if server else None
+    if diag is None and not is_local(client.address):
+        return None
+    others = iter([index for index, _ in socket.if_nameindex()] if diag is None and server else ())
+    while diag is None and (interface := next(others, 0)):
+        diag = find_socket(client, server, interface)
+    if diag is None:
+        accepted = server and find_socket(server, client, 0)
+        return Owner(None, "redirected" if accepted and accepted.inode else "closed")
+    if not diag.uid and not diag.inode:
+        return Owner(None, "closed")  # an orphan: the kernel has forgotten whose it was
+    if diag.uid == OVERFLOW_UID and mapped_uids() < 1 << 32:
+        return Owner(None, "error")
+    return Owner(diag.uid, "", diag.inode, diag.cgroup, (server, diag.cookie), interface)
+
+
+def same_socket(client: Endpoint, owner: Owner) -> str:
+    """Ask again, when the message is complete; give the reason why the owner must not be believed, or ""."""
+    server, cookie = owner.cookie
+    diag = find_socket(client, server, owner.interface)
+    if diag is None:
+        return "closed"
+    # One that has taken its place has another cookie; one that took its place before the first look is still
+    # waiting to be accepted, and has sent nothing: the MTA does not greet before the milter has seen it.
+    return "" if diag.cookie == cookie and diag.sent else "reused"
+
+
+def find_owner_psutil(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
+    """Do what find_owner does where there is no sock_diag: it gives the holder for the owner, and takes long."""
+    connections = [(Endpoint(endpoint(*c.laddr).address, c.laddr.port), endpoint(*c.raddr), c.pid)
+                   for c in psutil.net_connections("tcp") if c.raddr]
+    if server is None or not any(server.address):
+        ends = {near for near, far, _ in connections if far == client}
+        server = ends.pop() if len(ends) == 1 else None
+    for near, far, pid in connections:
+        if (near, far) == (client, server):
+            if pid is None:  # psutil.Process(None) would be this process
+                return Owner(None, "not-permitted")
+            holder = psutil.Process(pid)
+            return Owner(holder.uids().effective, "", 0, 0, (server, client, pid), 0, holder)
+    return Owner(None, "closed") if is_local(client.address) else None
+
+
+def same_socket_psutil(client: Endpoint, owner: Owner) -> str:
+    """Do what same_socket does where there is no sock_diag."""
+    again = find_owner_psutil(client, owner.cookie[0])
+    return "" if again and again.cookie == owner.cookie else "reused"
+
+
+def kernel_problem() -> str:
+    """Try sock_diag on a connection of our own; give what is wrong, or ""."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as connection:
+            client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
+            try:
+                diag = find_socket(client, server, LOOPBACK)
+            except OSError as error:
+                return f"sock_diag: {error.strerror}"
+            if diag is None:
+                return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+            if (diag.uid, diag.inode) != (os.geteuid(), os.fstat(connection.fileno()).st_ino):
+                return "sock_diag gives a wrong owner for a connection of our own"
+            return "" if diag.sent is not None else "sock_diag does not count bytes sent (Linux 4.19 does)"
+
+
+def mapped_uids() -> int:
+    """Count the uids that this process's user namespace maps; 1 << 32 is all of them, as on the host itself."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            return sum(int(line.split()[2]) for line in file) + 1
+    except FileNotFoundError:  # a kernel without user namespaces
+        return 1 << 32
+
+
+def ephemeral(port: int) -> bool:
+    """Tell whether the kernel gives out this port to clients by itself (net.ipv4.ip_local_port_range)."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+        low, high = map(int, file.read().split())
+    return low <= port <= high
+
+
+# ------------------------------------------------------------------------------------------- the directory
+class Workers:
+    """A few threads for calls that can take long: a fixed number, behind a queue that has an end."""
+
+    def __init__(self, threads: int, waiting: int) -> None:
+        self.jobs: queue.Queue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = queue.Queue(waiting)
+        for _ in range(threads):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any, future: Optional[Future[Any]] = None) -> Future[Any]:
+        """Have a function called, for a future that the function may settle early by itself; queue.Full."""
+        future = future or Future()
+        self.jobs.put_nowait((future, function, arguments))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, function, arguments = self.jobs.get()
+            try:
+                result = function(*arguments)
+                if not future.done():
+                    future.set_result(result)
+            except Exception as error:  # it belongs to whoever waits for the result
+                if not future.done():
+                    future.set_exception(error)
+
+
+def delegated_to(uid: int) -> list[str]:
+    """Give the users (names or numbers) to whom /etc/subuid delegates a uid (subuid(5))."""
+    owners = []
+    try:
+        with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                owner, _, rest = line.strip().partition(":")
+                first, _, count = rest.partition(":")
+                if first.isdigit() and count.isdigit() and int(first) <= uid < int(first) + int(count):
+                    owners.append(owner)
+    except FileNotFoundError:
+        pass
+    return owners
+
+
+def find_person(uid: int) -> Optional[Person]:
+    """Ask the directory who has a uid; None if it could be either of two. May take as long as the directory."""
+    def by_uid(number: int) -> Person:
+        try:
+            entry = pwd.getpwuid(number)
+            return Person(number, entry.pw_name, entry.pw_gid, True)
+        except KeyError:
+            return Person(number, settled=True)
+    person, owners = by_uid(uid), delegated_to(uid)
+    if not owners:
+        return person
+    found = {by_uid(entry.pw_uid if entry else int(owner) if owner.isdigit() else uid)
+             for owner, entry in ((owner, account(owner)) for owner in owners)}
+    return found.pop() if len(found) == 1 and person.name is None else None
+
+
+def resolve_entry(entry: Any) -> Entries:
+    """Look one entry of a block list up; KeyError if the directory does not find it."""
+    if whole(entry) or entry.isdigit():
+        return Entries(frozenset([int(entry)]))
+    if entry.startswith("@"):
+        group = grp.getgrnam(entry[1:])
+        return Entries(names=frozenset(group.gr_mem), gids=frozenset([group.gr_gid]))
+    return Entries(frozenset([pwd.getpwnam(entry).pw_uid]), frozenset([entry]))
+
+
+def resolve(entries: list[Any], found: dict[Any, Entries]) -> Entries:
+    """Look a block list up; what is not found now counts as it was found last: a directory that is down unblocks nobody."""
+    for entry in entries:
+        try:
+            found[entry] = resolve_entry(entry)
+        except KeyError:
+            pass
+    return merge(found.get(entry, literal(entry)) for entry in entries)
+
+
+def literal(entry: Any) -> Entries:
+    """Take an entry as it stands, before any directory has been asked."""
+    if whole(entry) or entry.isdigit():
+        return Entries(frozenset([int(entry)]))
+    return Entries(names=frozenset([entry]), unresolved=frozenset([entry]))
+
+
+def merge(lists: Iterable[Entries]) -> Entries:
+    """Make one list of several."""
+    sets: list[frozenset[Any]] = [frozenset()] * 4
+    for one in lists:
+        sets = [old | new for old, new in zip(sets, one)]
+    return Entries(*sets)
+
+
+class Directory:
+    """Who has which uid, asked at most once a minute for each, by threads that no other connection waits for."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers, self.lock = workers, threading.Lock()
+        self.people: OrderedDict[int, tuple[float, Optional[Future[Any]], Optional[Person]]] = OrderedDict()
+
+    def ask(self, uid: int) -> tuple[Optional[Future[Any]], Optional[Person]]:
+        """Begin to look a uid up where it is time to; give the answer to come and the last one."""
+        with self.lock:
+            asked, future, last = self.people.pop(uid, (0.0, None, Person(uid)))
+            if future is None or future.done() and time.monotonic() - asked > REFRESH_SECONDS:
+                if future is not None and future.exception() is None and not (
+                        last and last.name and future.result() and future.result().name is None):
+                    last = future.result()
+                try:
+                    future, asked = self.workers.submit(find_person, uid), time.monotonic()
+                except queue.Full:
+                    complain("the directory service (NSS) is slow: users without a known name are given by number")
+            self.people[uid] = asked, future, last
+            if len(self.people) > MOST_REMEMBERED:
+                self.people.popitem(last=False)
+            return future, last
+
+    def person(self, uid: int) -> Optional[Person]:
+        """Say who has a uid; None if it could be either of two; a slow directory gives the number."""
+        future, last = self.ask(uid)
+        if future is None:
+            return last
+        try:
+            new: Optional[Person] = future.result(0 if last is None or last.settled else NAME_SECONDS)
+        except (LateError, OSError, ValueError):
+            return last
+        return last if new and new.name is None and last and last.name else new
+
+
+class BlockList:
+    """The two settings as one list, resolved anew once a minute and when the file changes."""
+
+    def __init__(self, fixed: list[Any], path: Optional[str], owner: int, workers: Workers) -> None:
+        self.fixed, self.path, self.owner, self.workers = fixed, path, owner, workers
+        self.lock, self.signature, self.from_file = threading.Lock(), None, []  # type: ignore[var-annotated]
+        self.asked, self.entries, self.future = float("-inf"), Entries(), None  # type: ignore[var-annotated]
+        self.found: dict[Any, Entries] = {}  # by entry, as the directory last had it
+
+    def now(self) -> Entries:
+        """Give the list as it is at this moment; waits for a directory only after a change, and not long."""
+        with self.lock:
+            changed = self._reread() if self.path else False
+            changed = changed or self.future is None
+            if changed or time.monotonic() - self.asked > REFRESH_SECONDS and (self.future is None or self.future.done()):
+                try:
+                    self.future, self.asked = self.workers.submit(
+                        resolve, self.fixed + self.from_file, self.found), time.monotonic()
+                except queue.Full:
+                    pass  # asked again for the next message
+            if changed:  # names that are written out count at once, whatever the directory does
+                self.entries = merge(self.found.get(entry, literal(entry)) for entry in self.fixed + self.from_file)
+            try:
+                if self.future:
+                    self.entries = self.future.result(NAME_SECONDS if changed else 0)
+            except LateError:
+                pass
+            return self.entries
+
+    def _reread(self) -> bool:
+        assert self.path
+        try:
+            status = os.stat(self.path)
+            signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if signature == self.signature:
+                return False
+            # A file written in this very moment may change again without its time stamp telling.
+            self.signature = signature if time.time() - status.st_mtime > 1 else None
+            entries = read_entries(self.path, self.owner)
+        except (OSError, ValueError) as error:
+            complain("blocked_mailusers_file: the last good list stays in force: %s", quote(str(error)))
+            return False
+        changed, self.from_file = entries != self.from_file, entries
+        return changed
+
+
+# ---------------------------------------------------------------------------------------------- the limits
+class Limits:
+    """Recipients of each uid in the last hour, in steps of a minute; after 10,000 users the longest silent goes."""
+
+    def __init__(self, limits: dict[Any, Optional[int]]) -> None:
+        self.everyone, self.lock = limits.get("*"), threading.Lock()
+        users = ((key if whole(key) else getattr(account(key), "pw_uid", None), limit) for key, limit in limits.items())
+        self.limits = {uid: limit for uid, limit in users if uid is not None}
+        self.counts: OrderedDict[int, dict[int, int]] = OrderedDict()
+
+    def used(self, uid: int, minute: int) -> int:
+        """Count what a uid addressed in this minute and the sixty before, so that no period of an hour is missed."""
+        counts = self.counts.get(uid, {})
+        for old in [then for then in counts if then < minute - 60]:
+            del counts[old]
+        return sum(counts.values())
+
+    def take(self, person: Person, recipients: int, refuse: bool) -> Optional[int]:
+        """Count a message; give the limit if it goes over it (and, if refuse, do not count it), else None."""
+        limit, minute = self.limits.get(person.uid, self.everyone), int(time.monotonic() // 60)
+        if limit is None:
+            return None
+        with self.lock:
+            used = self.used(person.uid, minute)
+            over = used + recipients > limit
+            if not (over and refuse):
+                counts = self.counts.setdefault(person.uid, {})
+                counts[minute] = counts.get(minute, 0) + recipients
+                self.counts.move_to_end(person.uid)
+                if len(self.counts) > MOST_REMEMBERED:
+                    self.counts.popitem(last=False)
+        if not over and used < 0.8 * limit <= used + recipients:
+            log.warning("user=%s has addressed %d of %d recipients an hour", quote(person.name or person.uid),
+                        used + recipients, limit)
+        return limit if over else None
+
+
+# ----------------------------------------------------------------------------------- finding the process
+class Finder:
+    """Find the process that has a socket open, and describe it; runs in the helper, for one question at a time.
+
+    Links read in /proc/PID/fd are the only evidence; everything remembered only says where to look first.
+    """
+
+    def __init__(self, wanted: Iterable[str]) -> None:
+        self.wanted = frozenset(wanted)
+        self.recent: OrderedDict[int, list[str]] = OrderedDict()  # uid: links that led to a socket of his lately
+        self.hot: dict[int, float] = {}  # uid: until when it is not searched for
+        self.cgroups = cgroup_mount()
+        self.deadline, self.links, self.denied = 0.0, 0, False
+
+    def answer(self, uid: int, inode: int, cgroup: int) -> Facts:
+        """Find and describe; {"why": word} if nothing is found."""
+        now = time.monotonic()
+        if self.hot.get(uid, 0.0) > now:
+            return {"why": "busy"}
+        self.hot = {hot: until for hot, until in self.hot.items() if until > now}
+        self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
+        target = f"socket:[{inode}]"
+        try:
+            link = self._first(uid, target, cgroup)
+            if link is None:
+                return {"why": "not-permitted" if self.denied else "not-found"}
+            process = psutil.Process(int(link.split("/")[2]))
+            holders = {owner_of(process.pid)} | (self._strangers(target) if uid == 0 else set())
+            if os.readlink(link) != target:  # the number has been given to another process, or the socket closed
+                return {"why": "gone"}
+            return {**describe(process, self.wanted), "holders": sorted(holders - {None})[:FACT_BYTES]}
+        except BusyError:
+            self.hot[uid] = time.monotonic() + HOT_SECONDS
+            return {"why": "busy"}
+        except (OSError, psutil.Error):
+            return {"why": "gone"}
+
+    def _first(self, uid: int, target: str, cgroup: int) -> Optional[str]:
+        links = self.recent.pop(uid, [])
+        link = next((link for link in links if self._is(link, target)), None) or next(filter(None, (
+            self._link(table, target) for table in self._tables(uid, cgroup, links))), None)
+        if link:
+            self.recent[uid] = [link] + [old for old in links if old != link][:7]
+            if len(self.recent) > MOST_REMEMBERED:
+                self.recent.popitem(last=False)
+        return link
+
+    def _tables(self, uid: int, cgroup: int, links: list[str]) -> Iterator[str]:
+        """Give descriptor tables in the order in which they are likely to have it."""
+        seen: set[int] = set()
+        others: list[int] = []
+
+        def own(pids: Iterable[int]) -> Iterator[int]:
+            for pid in pids:
+                if pid not in seen:
+                    seen.add(pid)
+                    if owner_of(pid) == uid:
+                        yield pid
+                    else:
+                        others.append(pid)
+        mine = []
+        for source in (lambda: [int(link.split("/")[2]) for link in links],
+                       lambda: cgroup_pids(self.cgroups, cgroup), psutil.pids):
+            for pid in own(source()):
+                mine.append(pid)
+                yield f"/proc/{pid}/fd"
+        yield from itertools.chain.from_iterable(map(thread_tables, mine))
+        yield from (f"/proc/{pid}/fd" for pid in others)
+
+    def _strangers(self, target: str) -> set[int]:
+        """Give the uids other than root that have the socket open, too: see handed_down."""
+        found = set()
+        for pid in psutil.pids():
+            uid = owner_of(pid)
+            if uid and any(self._link(table, target) for table in itertools.chain([f"/proc/{pid}/fd"], thread_tables(pid))):
+                found.add(uid)
+        return found
+
+    def _link(self, table: str, target: str) -> Optional[str]:
+        try:
+            with os.scandir(table) as entries:
+                for entry in entries:
+                    if self._is(entry.path, target):
+                        return entry.path
+        except PermissionError:
+            self.denied = True
+        except OSError:
+            pass  # it has ended
+        return None
+
+    def _is(self, link: str, target: str) -> bool:
+        self.links -= 1
+        if self.links < 0 or self.links % 64 == 0 and time.monotonic() > self.deadline:
+            raise BusyError
+        try:
+            return os.readlink(link) == target
+        except OSError:
+            return False
+
+
+def owner_of(pid: int) -> Optional[int]:
+    """Give the effective uid of a process; None if it has ended."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
+def thread_tables(pid: int) -> Iterator[str]:
+    """Give the descriptor tables of a process's other threads: its first may have ended, or not share its own."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task") if os.stat(f"/proc/{pid}/task").st_nlink > 3 else []
+    except OSError:
+        return
+    yield from (f"/proc/{pid}/task/{thread}/fd" for thread in threads if thread != str(pid))
+
+
+def describe(process: psutil.Process, wanted: frozenset[str]) -> Facts:
+    """Say what a process is; psutil.NoSuchProcess if its number was given to another meanwhile.
+
+    Not by psutil's name() and exe(): they can read the command line, which its owner can make to hang for ever.
+    """
+    base = f"/proc/{process.pid}"
+    facts: Facts = {"pid": process.pid}
+    for field, read in (("program", lambda: read_file(base + "/comm")[:-1]), ("exe", lambda: os.readlink(base + "/exe")),
+                        ("dir", process.cwd), ("unit", lambda: unit_of(read_file(base + "/cgroup"))),
+                        ("args", lambda: read_args(base + "/cmdline"))):
+        if field in wanted:
+            try:
+                value = read()
+                facts[field] = value and value[:FACT_BYTES]
+            except (OSError, psutil.AccessDenied):
+                pass  # not to be seen from here: it stays unknown
+    if not process.is_running():
+        raise psutil.NoSuchProcess(process.pid)
+    return facts
+
+
+def read_file(path: str) -> str:
+    """Read a small file of the process table, its bytes kept as surrogates."""
+    with open(path, "rb") as file:
+        return file.read(65536).decode("utf-8", "surrogateescape")
+
+
+def read_args(path: str) -> Optional[str]:
+    """Read a command line in a child that is killed when it is late; None if it was."""
+    near, far = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(path, "rb") as file:
+                os.write(far, b" ".join(file.read(FACT_BYTES).rstrip(b"\0").split(b"\0")))
+        finally:
+            os._exit(0)
+    os.close(far)
+    try:
+        ready = select.select([near], [], [], ARGS_SECONDS)[0]
+        return os.read(near, FACT_BYTES).decode("utf-8", "surrogateescape") if ready else None
+    finally:
+        os.close(near)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def cgroup_mount() -> Optional[int]:
+    """Open the place where cgroup v2 is mounted; None if it is not."""
+    try:
+        for line in read_file("/proc/self/mounts").splitlines():
+            if line.split()[2] == "cgroup2":
+                return os.open(line.split()[1], os.O_RDONLY | os.O_DIRECTORY)
+    except (OSError, IndexError):
+        pass
+    return None
+
+
+def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
+    """List the processes of a cgroup, by its id as a file handle (open_by_handle_at(2)); [] if that fails."""
+    if mount is None or not cgroup:
+        return []
+    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, FILEID_KERNFS, cgroup))
+    directory = LIBC.open_by_handle_at(mount, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if directory < 0:
+        return []
+    try:
+        procs = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        with open(procs, "rb") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
+    finally:
+        os.close(directory)
+
+
+# ------------------------------------------------------------------------------------------ the helper
+QUESTION = struct.Struct("=QIQQ")  # number, uid, inode, cgroup; the answer is JSON: the number and the facts
+
+
+def serve(channel: socket.socket, finder: Finder) -> None:
+    """Answer questions until the milter's end of the channel is closed; what is not a question is not answered."""
+    while True:
+        data = channel.recv(QUESTION.size + 1)
+        if not data:
+            return
+        if len(data) != QUESTION.size:
+            continue
+        number, uid, inode, cgroup = QUESTION.unpack(data)
+        try:
+            channel.send(json.dumps({"number": number, **finder.answer(uid, inode, cgroup)}).encode(), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass  # a milter that does not read its answers does without
+
+
+def set_capabilities(wanted: Iterable[int]) -> None:
+    """Keep, of the capabilities this process has, only those named; OSError if the kernel refuses."""
+    mask = sum(1 << number for number in wanted) & capabilities()
+    header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
+    # struct __user_cap_data_struct: effective, permitted, inheritable; capabilities above 31 are in the second
+    if LINUX and LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def capabilities() -> int:
+    """Give the permitted capabilities of this process as a mask; 0 where there are none to read."""
+    if not LINUX:
+        return 0
+    match = re.search(r"^CapPrm:\s*([0-9a-f]+)", read_file("/proc/self/status"), re.MULTILINE)
+    return int(match.group(1), 16) if match else 0
+
+
+def sees_others() -> bool:
+    """Tell whether this process may see what files other users' processes have open."""
+    needed = 1 << CAP_SYS_PTRACE | 1 << CAP_DAC_READ_SEARCH
+    return capabilities() & needed == needed
+
+
+def become(user: Optional[pwd.struct_passwd]) -> None:
+    """Drop groups, gid and uid for good, if started as root; None: stay. RuntimeError if there is a way back."""
+    if user is None or os.geteuid() == user.pw_uid and user.pw_uid:
+        return
+    os.setgroups([])
+    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    if user.pw_uid and (os.getresuid() != (user.pw_uid,) * 3 or os.getresgid() != (user.pw_gid,) * 3):
+        raise RuntimeError("could not drop root for good")
+
+
+def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
+    """Fork the helper: the uid of the milter, and of root's privilege only what it takes to see open files."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    if os.fork():
+        far.close()
+        return near
+    try:
+        near.close()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
+        if LINUX:
+            LIBC.prctl(PR_SET_KEEPCAPS, 1)
+        become(user)
+        set_capabilities((CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH))
+        if LINUX:
+            LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it forgets this
+        if os.getppid() == parent:
+            serve(far, Finder(header_fields + log_fields))
+    except OSError:
+        pass  # the milter has ended between question and answer
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+class Question(NamedTuple):
+    """A description that has been asked for."""
+
+    future: Future[Facts]
+    deadline: float  # on the monotonic clock, in seconds
+
+
+class Describer:
+    """Have processes described by whoever may see them: the helper while there is one, else sudo lsof."""
+
+    def __init__(self, channel: Optional[socket.socket], lsof: bool, workers: Workers) -> None:
+        self.channel, self.lsof, self.workers = channel, lsof, workers
+        self.numbers, self.late = itertools.count(1), False
+        self.asked: dict[int, Future[Facts]] = {}
+        if channel:
+            threading.Thread(target=self._read, args=(channel,), daemon=True).start()
+
+    def ask(self, owner: Owner) -> Question:
+        """Ask for a description, without waiting for it."""
+        future: Future[Facts] = Future()
+        wait = HELPER_SECONDS
+        try:
+            if owner.holder:
+                future.set_result(describe(owner.holder, frozenset(header_fields + log_fields)))
+            elif owner.inode == 0:
+                future.set_result({"why": "gone"})
+            elif self.channel:
+                number = next(self.numbers)
+                self.asked[number] = future
+                self.channel.send(QUESTION.pack(number, owner.uid, owner.inode, owner.cgroup), socket.MSG_DONTWAIT)
+            elif self.lsof:
+                wait = LSOF_SECONDS
+                self.workers.submit(ask_lsof, owner, future, future=future)
+            else:
+                future.set_result({"why": "no-helper"})
+        except (BlockingIOError, queue.Full):
+            future.set_result({"why": "busy"})
+        except (OSError, psutil.Error):  # the helper has just ended, or that process has
+            if not future.done():
+                future.set_result({"why": "gone" if owner.holder else "no-helper"})
+        return Question(future, time.monotonic() + wait)
+
+    def wait(self, question: Question) -> Facts:
+        """Give the description, or why there is none, before the deadline."""
+        try:
+            remaining = 0.0 if self.late else question.deadline - time.monotonic()
+            return question.future.result(max(0.0, remaining))
+        except LateError:
+            self.late = self.channel is not None  # nobody waits again until it has answered something
+            return {"why": "timeout"}
+
+    def _read(self, channel: socket.socket) -> None:
+        while True:
+            try:
+                data = channel.recv(65536)
+                if not data:
+                    break
+                answer = json.loads(data)
+                if not all(isinstance(uid, int) for uid in answer.get("holders", ())):
+                    raise ValueError
+                future = self.asked.pop(answer.pop("number"), None)
+                self.late = False
+                if future:
+                    future.set_result(answer)
+            except OSError:
+                break
+            except (ValueError, KeyError, TypeError, AttributeError):
+                complain("the helper gave an answer that is none")
+        self.channel = None
+        log.error("the helper has ended: users are still identified, programs %s; restart the milter",
+                  "come through lsof" if self.lsof else "stay unknown")
+        for number in list(self.asked):
+            self.asked.pop(number).set_result({"why": "no-helper"})
+
+
+def lsof_arguments(pids: Iterable[int]) -> list[str]:
+    """Give the arguments that sudoers.example allows: sockets of the named processes, no name service, by field."""
+    return ["-nPw", "-a", "-iTCP", "-p", ",".join(str(int(pid)) for pid in pids), "-Fpd"]
+
+
+def ask_lsof(owner: Owner, future: Future[Facts]) -> Facts:
+    """Find the process through lsof; the future is settled in time even if lsof, which we cannot kill, is late."""
+    own, others = [], []
+    for pid in psutil.pids():
+        uid = owner_of(pid)
+        (own if uid == owner.uid else others).append(pid)
+    # Root's sockets may have been handed down: everyone is asked about. Otherwise its owner's processes do.
+    pids = (own + (others if owner.uid == 0 else []))[:LSOF_PIDS]
+    if not pids:  # an empty list would mean every process
+        return {"why": "not-found"}
+    processes = {}
+    for pid in pids:
+        try:
+            processes[pid] = psutil.Process(pid), owner_of(pid)
+        except psutil.Error:
+            pass
+    with subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, cwd="/") as lsof:
+        try:
+            output, _ = lsof.communicate(timeout=LSOF_SECONDS)
+        except subprocess.TimeoutExpired:
+            future.set_result({"why": "timeout"})
+            try:
+                lsof.kill()
+            except PermissionError:  # it runs as root; this thread is its place among the few until it ends
+                pass
+            lsof.communicate()
+            raise
+    pid = lsof_holder(output, owner.inode)
+    if pid not in processes:
+        return {"why": "not-permitted" if lsof.returncode and not output else "not-found"}
+    try:
+        process, holder = processes[pid]
+        return {**describe(process, frozenset(header_fields + log_fields) - {"args"}), "holders": [holder]}
+    except psutil.Error:
+        return {"why": "gone"}
+
+
+def lsof_allowed() -> bool:
+    """Ask sudo whether the rule is there; trying it instead would have a refusal logged and mailed to root."""
+    if not lsof_command or shutil.which(lsof_command[0]) is None:
+        return False
+    if os.path.basename(lsof_command[0]) != "sudo":
+        return True
+    try:
+        question = [lsof_command[0], "-n", "-l", *lsof_command[2:], *lsof_arguments([1])]
+        return subprocess.run(question, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              timeout=5, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+# ----------------------------------------------------------------------------------------------- the milter
+class Claims:
+    """Which connection has which socket: each may have one only, or nobody knows whose a message is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.live: dict[Any, "SysuserMilter"] = {}
+        self.past: OrderedDict[Any, None] = OrderedDict()
+
+    def claim(self, cookie: Any, connection: "SysuserMilter") -> None:
+        """Note that a connection was found to be this socket; both are marked if another was."""
+        with self.lock:
+            other = self.live.setdefault(cookie, connection)
+            if other is not connection:
+                other.shared = connection.shared = True
+            if cookie in self.past:
+                connection.shared = True
+
+    def release(self, cookie: Any, connection: "SysuserMilter") -> None:
+        """Note that a connection has ended; its socket may linger, and must not be taken for another's."""
+        with self.lock:
+            if self.live.get(cookie) is connection:
+                del self.live[cookie]
+            self.past[cookie] = None
+            if len(self.past) > MOST_REMEMBERED:
+                self.past.popitem(last=False)
+
+
+class SysuserMilter(Milter.Base):  # type: ignore[misc]
+    """One connection to the MTA; several messages may come through it."""
+
+    # Set once, in "run", for all connections.
+    directory: Directory
+    block_list: BlockList
+    limits: Limits
+    describer: Describer
+    find_owner: Callable[..., Optional[Owner]] = staticmethod(find_owner)
+    same_socket: Callable[..., str] = staticmethod(same_socket)
+    claims = Claims()
+
+    def __init__(self) -> None:
+        self.client: Optional[str] = None
+        self.peer: Optional[Endpoint] = None
+        self.owner: Optional[Owner] = Owner(None, "error")  # None: not a local client
+        self.question: Optional[Question] = None
+        self.shared = False  # set by Claims: the socket was taken for another connection's, too
+        self.sender, self.recipients = "", 0
+        self.forged: list[str] = []
+
+    def negotiate(self, opts: list[int]) -> int:
+        """Ask the MTA for the server's end of the connection (pymilter's own symlist fails on Python 3)."""
+        if opts[0] & Milter.SETSYMLIST:
+            self._ctx.setsymlist(Milter.M_CONNECT, "{daemon_addr} {daemon_port}")
+        return int(Milter.Base.negotiate(self, opts))
+
+    def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
+        """Ask the kernel who has connected. The MTA waits for this: its greeting must come after the answer."""
+        if isinstance(hostaddr, str) or hostaddr and not hostaddr[1]:
+            self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
+        elif hostaddr is None:
+            self.owner = Owner(None, "closed")  # gone before the MTA could ask for its address
+        else:
+            self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
+            self.peer = endpoint(hostaddr[0], hostaddr[1])
+            self.owner = self.ask_kernel(self.peer)
+            if self.owner and self.owner.uid is not None:
+                self.claims.claim(self.owner.cookie, self)
+                self.question = self.describer.ask(self.owner)
+                self.directory.ask(self.owner.uid)
+        return int(Milter.CONTINUE)
+
+    def ask_kernel(self, client: Endpoint) -> Optional[Owner]:
+        """Find the owner, with the server's end as the MTA knows it."""
+        try:
+            server = endpoint(self.getsymval("{daemon_addr}") or "", int(self.getsymval("{daemon_port}") or 0))
+        except ValueError:
+            server = None
+        try:
+            return self.find_owner(client, server)
+        except (OSError, psutil.Error) as error:
+            complain("the owner of a connection could not be asked for: %s", quote(str(error)))
+            return Owner(None, "error")
+
+    @Milter.noreply  # type: ignore[misc]
+    def envfrom(self, sender: str, *parameters: str) -> int:
+        """Begin a message: nothing of an earlier one stays."""
+        self.sender, self.recipients, self.forged = sender, 0, []
+        return int(Milter.CONTINUE)
+
+    @Milter.noreply  # type: ignore[misc]
+    def envrcpt(self, recipient: str, *parameters: str) -> int:
+        """Count a recipient."""
+        self.recipients += 1
+        return int(Milter.CONTINUE)
+
+    @Milter.noreply  # type: ignore[misc]
+    def header(self, name: str, value: str) -> int:
+        """Note a header that only we may write."""
+        if name.strip().lower() == header_name.lower():
+            self.forged.append(name)
+        return int(Milter.CONTINUE)
+
+    def eom(self) -> int:
+        """Decide, log and act, the message being complete."""
+        # A fault of ours must neither lose mail nor let a blocked user pass.
+        known = self.owner is not None and self.owner.uid is not None
+        sender = Sender(None, None, {}, "error", (Person(self.owner.uid),) if known else ())
+        verdict = unidentified()
+        try:
+            if self.owner:
+                sender = self.identify(self.owner)
+        except Exception:
+            report_exception(*sys.exc_info())
+        try:
+            verdict = self.judge(sender)
+        except Exception:
+            report_exception(*sys.exc_info())
+        self.write_log(verdict, sender)
+        return self.act(verdict, sender)
+
+    def close(self) -> int:
+        """Give the socket back."""
+        if self.owner and self.owner.uid is not None:
+            self.claims.release(self.owner.cookie, self)
+        return int(Milter.CONTINUE)
+
+    def identify(self, owner: Owner) -> Sender:
+        """Say who sent the message: the owner, if the connection still has the socket it was found to have."""
+        if owner.uid is None:
+            return Sender(None, None, {}, owner.why, ())
+        why = self.same_socket(self.peer, owner) or ("reused" if self.shared else "")
+        facts = self.describer.wait(self.question) if self.question else {}
+        person = self.directory.person(owner.uid)
+        holders = [self.directory.person(uid) or Person(uid) for uid in facts.get("holders", ()) if uid != owner.uid]
+        stranger = next((holder for holder in holders if not person or holder.uid != person.uid), None)
+        if person is None:  # a delegated uid that is an account, too
+            why = why or "error"
+        if owner.uid == 0 and not why and not owner.holder and self.peer:
+            why = handed_down(self.peer.port, facts)
+        suspects = (person or Person(owner.uid), *holders)
+        if why or person is None:
+            return Sender(None, None, {}, why, suspects, stranger)
+        return Sender(person, owner.uid, facts, facts.get("why", ""), suspects[:1], stranger)
+
+    def judge(self, sender: Sender) -> Verdict:
+        """Say what becomes of the message."""
+        if len(self.forged) > MOST_FORGED:
+            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
+        if self.owner is None:
+            return Verdict("pass")
+        entries = self.block_list.now()
+        answers = [is_blocked(suspect, sender.uid, entries) for suspect in sender.suspects]
+        if True in answers:
+            return blocked(sender.suspects[answers.index(True)])
+        if sender.person is None or None in answers:
+            return unidentified()
+        limit = self.limits.take(sender.person, self.recipients, blocked_action in REFUSALS)
+        return over_limit(sender.person, limit) if limit is not None else passed()
+
+    def write_log(self, verdict: Verdict, sender: Sender) -> None:
+        """Write the message's one line."""
+        pairs: list[tuple[str, Any]] = [("client", self.client)]
+        if self.owner:
+            values = sender_values(sender)
+            pairs += [(field, values.get(field)) for field in log_fields]
+        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients), ("action", verdict.action)]
+        pairs += [("reason", verdict.reason)] if verdict.reason else []
+        if self.owner:
+            pairs += [("lookup", sender.why)] if sender.why else []
+            pairs += [("holder", sender.holder.name or sender.holder.uid)] if sender.holder else []
+        log.info("%s: %s", self.getsymval("i") or "?", " ".join(key_values(pairs)))
+
+    def act(self, verdict: Verdict, sender: Sender) -> int:
+        """Have the MTA do it."""
+        if verdict.action in REFUSALS:
+            self.setreply(*REFUSALS[verdict.action], verdict.text.replace("%", "\\x25"))
+            return int(Milter.REJECT if verdict.action == "reject" else Milter.TEMPFAIL)
+        for index in range(len(self.forged), 0, -1):
+            self.chgheader(self.forged[index - 1], index, "")
+        if self.owner and header_fields:
+            values = sender_values(sender)
+            words = key_values((field, values.get(field)) for field in header_fields)
+            self.addheader(header_name, fold(words, len(header_name) + 2))
+        if verdict.action == "quarantine":
+            self.quarantine(verdict.text)
+        return int(Milter.CONTINUE)
+
+
+def sender_values(sender: Sender) -> Facts:
+    """Give the values of FIELDS for a header or a log line; one that is missing is unknown."""
+    person = sender.person
+    return {**sender.facts, "uid": sender.uid, "user": None if person is None else person.name or person.uid}
+
+
+def handed_down(port: int, facts: Facts) -> str:
+    """Say why root must not be named, or "": root's programs leave sockets they made to others, who can reuse them.
+
+    A listener or an accepted socket has its server's port; and whoever has it now, where that can be seen, is root.
+    """
+    if not ephemeral(port) or set(facts.get("holders", (0,))) != {0}:
+        return "handed-down"
+    return "" if "holders" in facts or facts.get("why") in ("not-permitted", "no-helper") else str(facts.get("why"))
+
+
+def passed() -> Verdict:
+    """Let a message through, tagged if a header is wanted."""
+    return Verdict("tag" if header_fields else "pass")
+
+
+def blocked(person: Person) -> Verdict:
+    """Do what blocked_action says."""
+    return Verdict(blocked_action, "blocked", f"User {quote(person.name or person.uid)} is blocked from sending mail")
+
+
+def over_limit(person: Person, limit: int) -> Verdict:
+    """Refuse for now, or do what blocked_action says where that refuses nothing."""
+    text = f"User {quote(person.name or person.uid)} is over the limit of {limit} recipients an hour"
+    return Verdict("tempfail" if blocked_action in REFUSALS else blocked_action, "limit", text)
+
+
+def unidentified() -> Verdict:
+    """Do what unidentified_action says."""
+    if unidentified_action == "accept":
+        return passed()
+    return Verdict(unidentified_action, "unidentified", "Sender process could not be identified")
+
+
+# ------------------------------------------------------------------------------------------------- --check
+class Report:
+    """The lines of --check, and whether all is well."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def __call__(self, what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
+        """Print one line; problem: what is not well, "" if all is; cure: what to do about it."""
+        self.failed |= fatal
+        print(f"{'FAIL' if fatal else 'warn' if problem else 'ok  '}  {what}" + (f": {problem}" if problem else ""))
+        if cure:
+            print(f"      -> {cure}")
+
+
+def stranger_connection() -> Optional[tuple[Endpoint, Endpoint, int]]:
+    """Give the ends and the uid of a connection of another user: nobody's if this is root, else any there is."""
+    if os.geteuid():
+        found = sock_diag(diag_request(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0), 0, NLM_F_DUMP))
+        return next(((diag.source, diag.destination, diag.uid) for diag in found
+                     if diag.uid != os.geteuid() and diag.inode), None)
+    nobody = pwd.getpwnam("nobody")
+    listener = socket.create_server(("127.0.0.1", 0))
+    near, far = os.pipe()
+    if os.fork() == 0:
+        try:
+            become(nobody)
+            signal.alarm(30)
+            with socket.create_connection(listener.getsockname()) as connection:
+                listener.close()
+                os.write(far, str(connection.getsockname()[1]).encode())
+                connection.recv(1)  # until --check ends, and the listener with it
+        finally:
+            os._exit(0)
+    listener.detach()
+    return (endpoint("127.0.0.1", int(os.read(near, 8))), endpoint(*listener.getsockname()), nobody.pw_uid)
+
+
+def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
+    """Try each way of looking up, in the uid the milter will have, on another user's connection."""
+    problem = kernel_problem()
+    report("users: the kernel (sock_diag)", problem, "see README, Troubleshooting" if problem else "", bool(problem))
+    stranger = None if problem else stranger_connection()
+    privileged = os.geteuid() == 0 or sees_others()
+    channel = fork_helper(user) if privileged else None
+    become(user)
+    set_capabilities(())
+    mount = cgroup_mount()
+    report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
+           "" if mount is not None else "not mounted, all processes are searched", "")
+    allowed = lsof_allowed()
+    if stranger is None:
+        report("users and programs of others", "not tried: run as root" if not problem else "not tried")
+        return
+    began = time.perf_counter()
+    owner = find_owner(*stranger[:2])
+    took = (time.perf_counter() - began) * 1e6
+    wrong = not owner or owner.uid != stranger[2]
+    report(f"users: another user's connection, {took:.0f} us", f"not found: {owner}" if wrong else "", "", wrong)
+    if not owner or wrong:
+        return
+    for what, describer, cure in (
+            ("through the helper", Describer(channel, False, Workers(1, 1)) if channel else None,
+             "start as root, or allow CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (both) to the container or unit"),
+            ("through lsof", Describer(None, True, Workers(1, 1)) if allowed else None,
+             "only needed where this is not started as root: sudoers.example has the rule")):
+        facts: Facts = {"why": "started as root this way is there" if "helper" in what else "no rule in sudoers"}
+        began = time.perf_counter()
+        if describer:
+            facts = describer.wait(describer.ask(owner))
+        took = (time.perf_counter() - began) * 1e6
+        found = facts.get("program")
+        report(f"programs: {what}" + (f", {took:.0f} us: {quote(found)}" if found else ""), facts.get("why", ""),
+               cure if facts.get("why") else "")
+
+
+def postconf(*arguments: str) -> dict[str, str]:
+    """Ask Postfix for its settings; {} where it is not installed or does not answer."""
+    try:
+        output = subprocess.run(["postconf", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    pairs = (line.partition(" = ") for line in output.decode("utf-8", "replace").splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def check_postfix(report: Report) -> None:
+    """Look whether Postfix uses this socket, and gives no one here the right to make up a client's address."""
+    main = postconf("-x")
+    if not main:
+        report("Postfix", "postconf is not there to ask")
+        return
+    services = postconf("-P")
+    names = [value for name, value in {**main, **services}.items() if name.split("/")[-1] == "smtpd_milters"]
+    socket_names = re.findall(r"unix:([^\s,{}]+)", " ".join(names))
+    used = any(os.path.join(main.get("queue_directory", "/"), name) == socketname for name in socket_names)
+    short = os.path.relpath(socketname, main.get("queue_directory", "/"))
+    report("Postfix: smtpd_milters names this socket", "" if used else "it does not",
+           "" if used else f"smtpd_milters = {{ unix:{short}, default_action=accept }}")
+    early = main.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
+    report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
+           "" if early else "postconf -e smtpd_forbid_unauth_pipelining=yes")
+    for name, value in {**main, **services}.items():
+        kind = name.split("/")[-1]
+        if value and (kind.endswith("_upstream_proxy_protocol") or
+                      kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
+            report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
+                   "allow it to addresses only that users of this host cannot have, on a port of its own")
+
+
+def may_be_local(hosts: str) -> bool:
+    """Tell whether a list of hosts can include an address of this host; a table or a host name can."""
+    own = {a.address.split("%")[0] for nics in psutil.net_if_addrs().values() for a in nics} | {"127.0.0.1", "::1"}
+    for word in re.split(r"[\s,]+", hosts):
+        try:
+            network = ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
+        except ValueError:
+            return True
+        if any(re.fullmatch(r"[0-9.]+|[0-9a-f:]+", a) and a.count(":") != 5 and ipaddress.ip_address(a) in network
+               for a in own):
+            return True
+    return False
+
+
+def check(problems: list[str]) -> int:
+    """Show on one screen whether this will work, before any mail depends on it; give the exit status."""
+    report = Report()
+    for problem in problems:
+        report("setting", problem, fatal=True)
+    if not problems:
+        report("settings, and the socket's directory")
+        check_postfix(report)
+        check_lookups(report, account(run_as_user))
+    return EX_CONFIG if report.failed else 0
+
+
+# ---------------------------------------------------------------------------------------------------- main
+def start_problem() -> str:
+    """Say why the milter cannot start here although its settings are well, or ""."""
+    if LINUX and mapped_uids() <= 65536:
+        return "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
+    if os.path.lexists(socketname):
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(socketname)
+                return f"another milter is already serving {socketname}"
+            except ConnectionRefusedError:
+                os.unlink(socketname)  # left over from one that was killed
+            except OSError as error:
+                return f"{socketname}: {error.strerror}"
+    return ""
+
+
+def announce() -> None:
+    """Tell the service manager that the socket is there (sd_notify(3)), when it is."""
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(socketname)
+                break
+            except OSError:
+                time.sleep(0.02)
+    log.info("listening on %s", socketname)
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+
+
+def prepare(user: Optional[pwd.struct_passwd]) -> None:
+    """Fork the helper, drop privilege, and set up what all connections share; in this order."""
+    privileged = sees_others()
+    by_lsof = os.geteuid() != 0 and not privileged and lsof_allowed()
+    channel = None if by_lsof else fork_helper(user)
+    become(user)
+    set_capabilities(())
+    # libmilter waits for these in a thread of its own: no other may take them, and threads begin below.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
+    by_lsof = by_lsof or lsof_allowed()
+    log.info("version %s: users %s; programs through %s", VERSION,
+             "from sock_diag" if SysuserMilter.find_owner is find_owner else "from psutil (holders, not owners)",
+             "the helper" if privileged else "sudo lsof" if channel is None else
+             "the helper without the privilege to see other users' processes")
+    names = Workers(4, MOST_REMEMBERED)
+    owner = user.pw_uid if user else os.geteuid()
+    SysuserMilter.directory = Directory(names)
+    SysuserMilter.block_list = BlockList(blocked_mailusers, blocked_mailusers_file, owner, Workers(1, 2))
+    SysuserMilter.limits = Limits(hourly_limits)
+    SysuserMilter.describer = Describer(channel, by_lsof, Workers(LSOF_PROCESSES, 8 * LSOF_PROCESSES))
+    unresolved = SysuserMilter.block_list.now().unresolved
+    if unresolved:
+        log.warning("block list: not found, tried again every minute: %s", quote(" ".join(sorted(unresolved))))
+    if (blocked_mailusers or blocked_mailusers_file or hourly_limits) and unidentified_action == "accept":
+        log.warning("unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
+
+
+def run() -> int:
+    """Serve the MTA until told to stop; give the exit status."""
+    problem = start_problem()
+    if not problem and kernel_problem():
+        log.warning("%s: psutil is used, which names the holder of a socket for its owner", kernel_problem())
+        SysuserMilter.find_owner = staticmethod(find_owner_psutil)
+        SysuserMilter.same_socket = staticmethod(same_socket_psutil)
+    if problem:
+        log.error("%s", problem)
+        return 1
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a few
+    prepare(account(run_as_user))
+    os.umask(0o177)  # the socket's mode, as bind(2) takes it
+    os.chdir("/")
+    sys.excepthook = report_exception
+    Milter.factory = SysuserMilter
+    Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
+    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, as unidentified
+    threading.Thread(target=announce, daemon=True).start()
+    try:
+        Milter.runmilter("milter_sysuser", "unix:" + socketname, timeout or LONGEST_TIMEOUT, rmsock=False)
+    except Milter.error as error:
+        log.error("%s: %s", socketname, error)
+        return 1
+    log.info("stopped")
+    return 0
+
+
+def main() -> int:
+    """Check the settings, then do what the command line says."""
+    parser = argparse.ArgumentParser(description="Tag local mail with the system user and program that sent it.",
+                                     epilog="There is one place to configure: the settings at the top of the script.")
+    parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
+    parser.add_argument("--version", action="version", version=VERSION)
+    arguments = parser.parse_args()
+    start_log()
+    problems = list(settings_problems({name: globals()[name] for name in SETTINGS}))
+    if arguments.check:
+        return check(problems)
+    for problem in problems:
+        log.error("%s", problem)
+    return EX_CONFIG if problems else run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Fixtures: two users, one shared Postfix with the milter behind it, and factories for tests that need their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import types
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+import pytest
+
+import mta
+
+USERS = "mst-alice", "mst-bob"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --long; a test sees it as the fixture `long`."""
+    parser.addoption("--long", action="store_true", help="the loads and faults at full size")
+
+
+def pytest_configure() -> None:
+    """Clean up on TERM as on an interrupt."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Say whether the loads and faults are to run at full size."""
+    return request.config.getoption("--long")
+
+
+@pytest.fixture(scope="session")
+def root() -> None:
+    """Skip tests that need root where it is not there."""
+    if os.geteuid() != 0:
+        pytest.skip("not root")
+
+
+@pytest.fixture(scope="session")
+def users(root: None) -> Iterator[types.SimpleNamespace]:
+    """Make the users mst-alice and mst-bob: .alice and .bob, as the passwd database has them."""
+    try:
+        yield types.SimpleNamespace(**{name[4:]: mta.add_user(name) for name in USERS})
+    finally:
+        for name in USERS:
+            mta.remove_user(name)
+
+
+@pytest.fixture(scope="session")
+def sees_others() -> None:
+    """Skip tests that show the program of another user where the kernel does not let root see it."""
+    if missing := mta.missing_capabilities():
+        pytest.skip(f"no {' and no '.join(missing)}: other users' processes cannot be seen")
+
+
+@pytest.fixture(scope="session")
+def ipv6() -> None:
+    """Skip tests that dial ::1 where there is no IPv6."""
+    if not mta.has_ipv6():
+        pytest.skip("no IPv6 here")
+
+
+@pytest.fixture(scope="session")
+def shared_mail(root: None) -> Iterator[types.SimpleNamespace]:
+    """Start the Postfix (.postfix) and milter (.milter) that tests with default settings share."""
+    with mta.Postfix() as postfix, mta.Milter(postfix) as milter:
+        yield types.SimpleNamespace(postfix=postfix, milter=milter)
+
+
+@pytest.fixture
+def mail(shared_mail: types.SimpleNamespace) -> Iterator[types.SimpleNamespace]:
+    """Give the shared Postfix and milter, with an empty mailbox; afterwards no traceback may be in the log."""
+    shared_mail.postfix.forget_messages()
+    tracebacks = shared_mail.milter.log().count("Traceback")
+    yield shared_mail
+    assert shared_mail.milter.log().count("Traceback") == tracebacks, shared_mail.milter.log()
+
+
+@pytest.fixture
+def make_mail(root: None) -> Iterator[Callable[..., types.SimpleNamespace]]:
+    """Start a Postfix and milter of the test's own: make_mail({options of Postfix}, options of Milter and settings)."""
+    running: list = []
+
+    def make(postfix: Optional[Mapping[str, Any]] = None, **milter: Any) -> types.SimpleNamespace:
+        running.append(mta.Postfix(**postfix or {}))
+        running.append(mta.Milter(running[-1], **milter).start())
+        return types.SimpleNamespace(postfix=running[-2].start(), milter=running[-1])
+
+    yield make
+    for one in reversed(running):
+        one.stop()
+
+
+@pytest.fixture
+def make_milter(root: None) -> Iterator[Callable[..., mta.Milter]]:
+    """Give a milter without a Postfix, for the wire protocol: make_milter(options and settings), not started."""
+    made: list[mta.Milter] = []
+
+    def make(at: Any = None, **options: Any) -> mta.Milter:
+        made.append(mta.Milter(at, **options))
+        return made[-1]
+
+    yield make
+    for milter in made:
+        milter.stop()
