@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import psutil
 
@@ -85,6 +85,11 @@ def missing_capabilities() -> list[str]:
 def can_see_others() -> bool:
     """Say whether this process may see which process of another user holds a socket."""
     return not missing_capabilities()
+
+
+def tag(user: str, program: str) -> str:
+    """Give the header of a message of that user and program; the program is unknown where none can be seen."""
+    return f"user={user} program={program if can_see_others() else '?'}"
 
 
 # --- users ----------------------------------------------------------------------------------------------------
@@ -557,6 +562,47 @@ class Wire:
 
     def __exit__(self, *exception: object) -> None:
         self.sock.close()
+
+
+class Clients:
+    """Connections to a listener of ours that one process of a user holds, each to be announced to a milter once."""
+
+    def __init__(self, user: str, number: int = 1) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=number)
+        self.port = self.listener.getsockname()[1]
+        code = ("import socket, sys; port, n = map(int, sys.argv[1:])\n"
+                "held = [socket.create_connection(('127.0.0.1', port)) for _ in range(n)]\n"
+                "for sock in held: sock.sendall(b'EHLO')\n"
+                "print(len(held), flush=True); sys.stdin.read()")
+        self.process = as_user(user, [PYTHON, "-c", code, str(self.port), str(number)])
+        assert self.process.stdout.readline(), self.process.stderr.read()
+        self.accepted = [self.listener.accept() for _ in range(number)]
+
+    def wires(self, milter: Milter) -> Iterator[Wire]:
+        """Announce the connections to the milter, one after the other."""
+        for _, address in self.accepted:
+            wire = Wire(milter.socketname)
+            wire.connect(*address, daemon_addr="127.0.0.1", daemon_port=str(self.port))
+            yield wire
+
+    def send(self, milter: Milter) -> list[str]:
+        """Pass one message through each, one after the other; give their headers' values or refusals."""
+        return [outcome(wire) for wire in self.wires(milter)]
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.communicate()
+        for sock in self.listener, *(sock for sock, _ in self.accepted):
+            sock.close()
+
+
+def outcome(wire: Wire) -> str:
+    """Pass a message and hang up; give its header's value, or the reply that refused it."""
+    with wire:
+        replies = wire.message()
+    return next(reply[-1] for reply in reversed(replies) if reply[0] in ("addheader", "insheader", "replycode"))
 
 
 # --- an SMTP client for other users ---------------------------------------------------------------------------

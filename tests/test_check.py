@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+"""--check: one screen that says whether this installation will work, and what to do where it will not."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import types
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+import pytest
+
+import mta
+
+RULE = pathlib.Path("/etc/sudoers.d/zz-milter-test")
+FORM = re.compile(r"(ok  |warn|FAIL)  .+|      -> .+")
+SETTINGS_WELL = "ok    settings, and the socket's directory"
+
+# A filter (seccomp(2)) under which no netlink socket can be made.
+NO_NETLINK = r'''
+import ctypes, os, platform, struct, sys
+SOCKET = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, SOCKET), (0x20, 0, 0, 16), (0x15, 0, 1, 16), (0x06, 0, 0, 0x50000 | 1),
+        (0x06, 0, 0, 0x7fff0000)]  # load the call; load its first argument; AF_NETLINK: EPERM; else allow
+program = b"".join(struct.pack("HBBI", *line) for line in code)
+buffer = ctypes.create_string_buffer(program)
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+assert prctl(22, 2, ctypes.byref(Filter(len(code), ctypes.addressof(buffer)))) == 0, os.strerror(ctypes.get_errno())
+os.execv(sys.argv[1], sys.argv[1:])
+'''
+
+
+class Checked(types.SimpleNamespace):
+    """What --check said: .status, .lines; .line(words) is the one that begins with ok, warn or FAIL and these."""
+
+    def line(self, what: str) -> str:
+        """Give the one line about something."""
+        (line,) = [line for line in self.lines if line[6:].startswith(what)]
+        return line
+
+    def cure(self, what: str) -> str:
+        """Give what it says to do about something."""
+        return self.lines[self.lines.index(self.line(what)) + 1]
+
+
+@pytest.fixture(scope="module")
+def postfix(root: None) -> Iterator[mta.Postfix]:
+    """Give an instance that is only configured; its settings are changed with .write()."""
+    instance = mta.Postfix()
+    yield instance
+    instance.stop()
+
+
+@pytest.fixture
+def check(postfix: mta.Postfix, users: Any) -> Callable[..., Checked]:
+    """Run --check: check({main.cf}, {master.cf's smtpd}, options of Milter and settings)."""
+    def run(main_cf: Optional[Mapping[str, str]] = None, smtpd: Optional[Mapping[str, str]] = None,
+            env: Optional[Mapping[str, str]] = None, **options: Any) -> Checked:
+        postfix._write_config({**postfix._parameters("loopback-only", False, mta.pwd.getpwnam("nobody")),
+                               "smtpd_forbid_unauth_pipelining": "yes", **(main_cf or {})}, (),
+                              {"other": smtpd} if smtpd else {})
+        (postfix.directory / "milter.log").unlink(missing_ok=True)
+        milter = mta.Milter(postfix, args=["--check"], **options,
+                            env={"PATH": mta.SYSTEM_PATH, "MAIL_CONFIG": f"{postfix.directory}/etc", **(env or {})})
+        found = Checked(status=milter.run(), lines=milter.log().splitlines())
+        assert all(map(FORM.fullmatch, found.lines)), found.lines
+        assert len(found.lines) <= 24, "more than one screen"
+        for line, after in zip(found.lines, [*found.lines[1:], ""]):
+            setting = line.startswith("FAIL  setting: ")  # names the rule itself
+            assert line.startswith(("ok", " ")) or setting or after.startswith("      -> "), f"no cure: {line}"
+        return found
+
+    postfix.ports["other"] = mta.free_port()
+    return run
+
+
+@pytest.fixture
+def stranger(users: Any) -> Iterator[None]:
+    """Let another user hold a connection."""
+    with mta.Clients("mst-alice"):
+        yield
+
+
+@pytest.fixture
+def rule(root: None) -> Iterator[None]:
+    """Install sudoers.example."""
+    if shutil.which("sudo") is None or not os.path.exists("/usr/bin/lsof"):
+        pytest.skip("sudo or lsof is not installed")
+    if "NoNewPrivs:\t1" in pathlib.Path("/proc/self/status").read_text():
+        pytest.skip("no_new_privs: sudo does not work here")
+    shutil.copy(mta.SCRIPT.with_name("sudoers.example"), RULE)
+    RULE.chmod(0o440)
+    yield
+    RULE.unlink()
+
+
+# --- looking up -------------------------------------------------------------------------------------------------
+
+def test_as_root_all_is_well(check: Any, sees_others: None) -> None:
+    """It makes a process of another user, and names it through the helper; each way has its time."""
+    found = check()
+    assert found.status == 0
+    assert [line[:4] for line in found.lines if "sudo lsof" not in line and "cgroup" not in line] == ["ok  "] * 6
+    assert found.lines[0] == SETTINGS_WELL
+    assert re.fullmatch(r"ok    users: another user's connection, \d+ us", found.line("users: another"))
+    assert re.fullmatch(r"ok    programs: the helper, \d+ us: python3", found.line("programs: the helper"))
+
+
+def test_under_postfixs_uid_with_the_rule_lsof_names_programs(check: Any, rule: None, stranger: None,
+                                                             sees_others: None) -> None:
+    """The helper is not missed."""
+    found = check(user="postfix")
+    assert found.status == 0
+    assert re.fullmatch(r"ok    programs: sudo lsof, \d+ us: \S+", found.line("programs: sudo lsof"))
+    assert found.line("programs: the helper").startswith("ok")
+
+
+def test_under_postfixs_uid_without_the_rule_users_are_found(check: Any, stranger: None) -> None:
+    """A program that stays unknown is a warning with its cure, no failure."""
+    found = check(user="postfix", lsof_command=["sudo", "-n", "/nonexistent/lsof"])
+    assert found.status == 0
+    assert found.line("users: another").startswith("ok")
+    assert found.line("programs: the helper").startswith("warn") and "start as root" in found.cure("programs: the helper")
+    assert found.line("programs: sudo lsof").startswith("warn")
+    assert "sudoers.example" in found.cure("programs: sudo lsof")
+
+
+def test_without_the_capabilities_the_program_is_a_warning_with_its_cure(check: Any) -> None:
+    """As in a default container."""
+    found = check(prefix=["setpriv", "--bounding-set=-sys_ptrace,-dac_read_search"], lsof_command=[])
+    assert found.status == 0
+    assert found.line("users: another").startswith("ok")
+    assert found.line("programs: the helper") == "warn  programs: the helper: not-permitted"
+    assert "CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in found.cure("programs: the helper")
+
+
+def test_where_no_other_user_has_a_connection_it_says_so(check: Any) -> None:
+    """And does not fail for it."""
+    prefix = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespace can be made here")
+    drop = ["setpriv", "--reuid=postfix", "--regid=postfix", "--clear-groups"]
+    found = check(prefix=[*prefix, *drop], lsof_command=[])
+    assert found.status == 0
+    assert "not tried" in found.line("users and programs") and found.cure("users and").endswith("-> run this as root")
+    assert found.line("programs: sudo lsof").startswith("warn")
+
+
+def test_a_kernel_that_does_not_answer_is_a_failure(check: Any) -> None:
+    """Status 78: users cannot be found."""
+    found = check(prefix=[mta.PYTHON, "-c", NO_NETLINK])
+    assert found.status == 78
+    assert found.line("users: the kernel") == "FAIL  users: the kernel (sock_diag): sock_diag: Operation not permitted"
+    assert "AF_NETLINK" in found.cure("users: the kernel")
+
+
+def test_a_user_namespace_is_a_failure(check: Any) -> None:
+    """All others' uids are one there, as under PrivateUsers=."""
+    if subprocess.run(["unshare", "-Ur", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespace can be made here")
+    found = check(prefix=["unshare", "-Ur"], run_as_user=None)
+    assert found.status == 78
+    assert "maps too few uids" in found.line("users: the kernel")
+    assert "PrivateUsers=" in found.cure("users: the kernel")
+
+
+@pytest.mark.parametrize("user, status", [("postfix", 78), (None, 0)])
+def test_a_root_that_may_not_become_another_user_is_no_traceback(user: Optional[str], status: int, check: Any) -> None:
+    """A container without CAP_SETUID: no process of another user can be made, and no privilege dropped."""
+    found = check(prefix=["setpriv", "--bounding-set=-setuid,-setgid"], run_as_user=user)
+    assert found.status == status
+    assert "CAP_SETUID" in found.cure("users and programs")
+
+
+@pytest.mark.parametrize("commands, state", [
+    ("umount -l /sys/fs/cgroup", "warn"),
+    ("umount -l /sys/fs/cgroup; mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/unified && "
+     "mount -t cgroup2 none /sys/fs/cgroup/unified", "ok  "),
+    ("umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup", "ok  ")], ids=["absent", "hybrid", "unified"])
+def test_cgroup_v2_is_found_where_it_is_mounted(commands: str, state: str, check: Any) -> None:
+    """Without it users and programs are found all the same."""
+    prefix = ["unshare", "--mount", "sh", "-c", f'{{ {commands}; }} >&2 && exec "$@"', "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace, or no cgroup v2, can be had here")
+    found = check(prefix=prefix)
+    assert found.status == 0
+    assert found.line("programs: cgroup v2").startswith(state), found.lines
+    assert found.line("users: another").startswith("ok")
+    if mta.can_see_others():
+        assert found.line("programs: the helper").endswith("python3")
+
+
+# --- settings ---------------------------------------------------------------------------------------------------
+
+def test_wrong_settings_are_all_named_with_status_78(check: Any) -> None:
+    """And nothing is tried with them."""
+    found = check(timeout=-1, blocked_action="bounce", header_fields="user")
+    assert found.status == 78
+    assert len(found.lines) == 3 and all(line.startswith("FAIL  setting: ") for line in found.lines)
+    for name in "timeout = -1", "blocked_action = 'bounce'", "header_fields = 'user'":
+        assert any(line[15:].startswith(name) for line in found.lines)
+
+
+def test_a_directory_that_the_milter_may_not_write_to_is_a_failure(check: Any, tmp_path: pathlib.Path) -> None:
+    """Found before mail depends on it."""
+    found = check(socketname=f"{tmp_path}/milter.sock")
+    assert found.status == 78
+    assert found.lines[0].endswith(f"user postfix may not write to {tmp_path}")
+
+
+def test_nothing_is_left_of_it(check: Any, postfix: mta.Postfix) -> None:
+    """No socket is made; one of a running milter stays."""
+    check()
+    assert not os.path.exists(postfix.socketname)
+    with mta.Milter(postfix) as milter:
+        assert check().status == 0
+        assert milter.accepts()
+
+
+# --- Postfix ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("main_cf, smtpd, state", [
+    ({}, {}, "ok"), ({"smtpd_milters": "unix:private/milter.sock"}, {}, "ok"),
+    ({"smtpd_milters": "unix:other.sock, { unix:private/milter.sock, default_action=accept }"}, {}, "ok"),
+    ({"smtpd_milters": "$mine", "mine": "unix:private/milter.sock"}, {}, "ok"),
+    ({"smtpd_milters": "unix:$queue_directory/private/milter.sock"}, {}, "ok"),
+    ({"smtpd_milters": ""}, {"smtpd_milters": "unix:private/milter.sock"}, "ok"),
+    ({"smtpd_milters": "", "mine": "unix:private/milter.sock"}, {"smtpd_milters": "$mine"}, "ok"),
+    ({"smtpd_milters": ""}, {}, "warn"), ({"smtpd_milters": "unix:private/milter.sock2"}, {}, "warn"),
+    ({"smtpd_milters": "", "non_smtpd_milters": "unix:private/milter.sock"}, {}, "warn"),
+    ({"smtpd_milters": "inet:127.0.0.1:8891"}, {}, "warn")])
+def test_postfix_is_asked_whether_it_uses_this_socket(main_cf: dict, smtpd: dict, state: str, check: Any) -> None:
+    """In main.cf or for one service; the cure can be pasted."""
+    found = check(main_cf, smtpd)
+    assert found.status == 0
+    assert found.line("Postfix: smtpd_milters").startswith(state)
+    if state == "warn":
+        assert "smtpd_milters = { unix:private/milter.sock, default_action=accept }" in found.cure("Postfix: smtpd_milters")
+
+
+@pytest.mark.parametrize("value, state", [("yes", "ok"), ("no", "warn")])
+def test_postfix_is_asked_whether_it_drops_hasty_clients(value: str, state: str, check: Any) -> None:
+    """Which closes a race that the milter alone cannot."""
+    found = check({"smtpd_forbid_unauth_pipelining": value})
+    if not found.line("Postfix: smtpd_forbid").startswith("ok") and value == "yes":
+        pytest.skip("this Postfix does not have it")
+    assert found.line("Postfix: smtpd_forbid").startswith(state)
+    if state == "warn":
+        assert found.cure("Postfix: smtpd_forbid").endswith("postconf -e smtpd_forbid_unauth_pipelining=yes")
+
+
+XCLIENT, PROXY = "smtpd_authorized_xclient_hosts", "smtpd_upstream_proxy_protocol"
+
+
+@pytest.mark.parametrize("main_cf, smtpd, warned", [
+    ({}, {}, ""), ({XCLIENT: "198.51.100.1"}, {}, ""), ({XCLIENT: "198.51.100.0/24, 2001:db8::/32"}, {}, ""),
+    ({XCLIENT: "127.0.0.1"}, {}, XCLIENT), ({XCLIENT: "198.51.100.1 127.0.0.0/8"}, {}, XCLIENT),
+    ({XCLIENT: "[::1]/128,"}, {}, XCLIENT), ({XCLIENT: "[2001:db8::1]/128,"}, {}, ""), ({XCLIENT: "0.0.0.0/0"}, {}, XCLIENT),
+    ({XCLIENT: "localhost"}, {}, XCLIENT), ({XCLIENT: "cidr:/nonexistent"}, {}, XCLIENT),
+    ({XCLIENT: "$mynetworks"}, {}, XCLIENT), ({PROXY: "haproxy"}, {}, PROXY),
+    ({}, {XCLIENT: "127.0.0.1"}, f"inet/{XCLIENT}"), ({}, {PROXY: "haproxy"}, f"inet/{PROXY}"),
+    ({}, {XCLIENT: "198.51.100.1"}, "")])
+def test_who_may_make_up_clients_is_warned_about(main_cf: dict, smtpd: dict, warned: str, check: Any) -> None:
+    """XCLIENT and PROXY in main.cf and in master.cf, where local users can have the address."""
+    found = check(main_cf, smtpd)
+    warnings = [line for line in found.lines if "users on this host can pretend" in line]
+    assert len(warnings) == bool(warned)
+    assert not warned or f"{warned} = " in warnings[0]
+
+
+def test_without_postconf_the_rest_is_still_checked(check: Any, tmp_path: pathlib.Path) -> None:
+    """Sendmail has none."""
+    found = check(env={"PATH": str(tmp_path)})
+    assert found.status == 0
+    assert found.line("Postfix") == "warn  Postfix: postconf is not there to ask"
+    assert found.line("users: another").startswith("ok")

@@ -1,0 +1,698 @@
+# SPDX-License-Identifier: MIT
+"""Who is stopped, and when: the block list and its file, the actions, the hourly limits, a directory that is down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from typing import Any, Callable, Iterator
+
+import pytest
+
+import mta
+
+sys.path.append(str(mta.SCRIPT.parent))
+import milter_sysuser as ms  # noqa: E402
+
+GROUP = "mst-suspended"
+STAYS = "the last good list stays in force"
+
+
+# --- a message of any uid, through the milter protocol ----------------------------------------------------------
+
+class Session:
+    """A TCP connection that a uid made, announced to the milter: .send() passes a message through it."""
+
+    def __init__(self, milter: mta.Milter, uid: int) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        os.seteuid(uid)  # the kernel notes the effective uid of whoever makes a socket
+        try:
+            self.client = socket.create_connection(self.listener.getsockname())
+        finally:
+            os.seteuid(0)
+        self.server = self.listener.accept()[0]
+        self.client.sendall(b"EHLO")
+        self.wire = mta.Wire(milter.socketname)
+        self.wire.connect(*self.client.getsockname(), daemon_addr="127.0.0.1",
+                          daemon_port=str(self.listener.getsockname()[1]))
+
+    def send(self, recipients: int = 1, **message: Any) -> str:
+        """Pass a message; give its header's value, or the reply that refused it."""
+        replies = self.wire.message(recipients=["<to@example.org>"] * recipients, **message)
+        assert replies[-1][0] in ("continue", "replycode"), replies
+        return next((r[1] for r in replies if r[0] == "replycode"), None) or next(
+            r[2] for r in replies if r[0] in ("addheader", "insheader"))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wire.sock.close()
+        for sock in self.client, self.server, self.listener:
+            sock.close()
+
+
+def send(milter: mta.Milter, uid: int, recipients: int = 1, **message: Any) -> str:
+    """Send one message as a uid; give its header's value, or the reply that refused it."""
+    with Session(milter, uid) as session:
+        return session.send(recipients, **message)
+
+
+def refused(name: Any) -> str:
+    """Give the reply that a blocked user gets."""
+    return f"550 5.7.1 User {name} is blocked from sending mail"
+
+
+def replace(path: pathlib.Path, data: "str | bytes", mode: int = 0o644) -> None:
+    """Put a file in place by rename, as editors and mv do."""
+    new = path.with_suffix(".new")
+    new.write_bytes(data if isinstance(data, bytes) else data.encode())
+    new.chmod(mode)
+    new.rename(path)
+
+
+@pytest.fixture
+def place() -> Iterator[pathlib.Path]:
+    """Make a directory that the milter's user may enter (pytest's own ones are root's)."""
+    with tempfile.TemporaryDirectory(prefix="mst-place.") as name:
+        pathlib.Path(name).chmod(0o755)
+        yield pathlib.Path(name)
+
+
+@pytest.fixture(scope="module")
+def group(users: types.SimpleNamespace) -> Iterator[None]:
+    """Make the group mst-suspended, with mst-bob in it."""
+    run = dict(check=False, capture_output=True, env={"PATH": mta.SYSTEM_PATH})
+    subprocess.run(["groupadd", "--force", GROUP], **run)
+    subprocess.run(["usermod", "--append", "--groups", GROUP, "mst-bob"], **{**run, "check": True})
+    yield
+    subprocess.run(["groupdel", GROUP], **run)
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def listed(users: types.SimpleNamespace, group: None) -> Iterator[mta.Milter]:
+    """Start a milter with a block list's file: .path."""
+    milter = mta.Milter()
+    milter.path = milter.directory / "blocked"
+    milter.path.write_text("")
+    milter.__init__(milter.directory, blocked_mailusers_file=str(milter.path), blocked_mailusers=["mst-nobody-yet"])
+    milter.temporary = True
+    with milter:
+        yield milter
+
+
+@pytest.fixture
+def blocked_file(listed: mta.Milter) -> Iterator[pathlib.Path]:
+    """Give the path of the block list's file, which is a good one that blocks nobody, now and afterwards."""
+    def restore() -> None:
+        if listed.path.is_dir() and not listed.path.is_symlink():
+            listed.path.rmdir()
+        replace(listed.path, "# nobody\n")
+    restore()
+    yield listed.path
+    restore()
+
+
+@pytest.mark.parametrize("line, who", [
+    ("{alice.pw_name}", "alice"), ("{alice.pw_uid}", "alice"), ("@{alice.pw_name}", "alice"), ("@" + GROUP, "bob"),
+    ("  {alice.pw_name}\t# hacked, ticket 4711", "alice"), ("{alice.pw_name}\r", "alice"),
+    ("{alice.pw_name}# no blank", "alice")])
+def test_the_file_holds_names_uids_groups_and_comments(line: str, who: str, listed: mta.Milter,
+                                                       blocked_file: pathlib.Path,
+                                                       users: types.SimpleNamespace) -> None:
+    """The one it names is refused, the other is not."""
+    replace(blocked_file, "# since Monday:\n\n" + line.format(**vars(users)) + "\n#mst-alice\n#mst-bob")
+    other = users.bob if who == "alice" else users.alice
+    assert send(listed, getattr(users, who).pw_uid) == refused(f"mst-{who}")
+    assert send(listed, other.pw_uid).startswith(f"user={other.pw_name} ")
+
+
+def test_a_change_counts_for_the_next_message_of_a_connection_that_is_open(
+        listed: mta.Milter, blocked_file: pathlib.Path, users: types.SimpleNamespace) -> None:
+    """Renamed into place, appended to, written over: each time the very next message."""
+    with Session(listed, users.alice.pw_uid) as session:
+        for turn in range(10):
+            replace(blocked_file, f"mst-bob\nmst-alice  # {turn}\n")
+            assert session.send() == refused("mst-alice")
+            blocked_file.write_text("mst-bob\n")
+            assert session.send().startswith("user=mst-alice ")
+            with blocked_file.open("a") as file:
+                file.write("mst-alice\n")
+            assert session.send() == refused("mst-alice")
+            blocked_file.write_text("mst-bob\nmst-alicf\n")  # same size, same inode
+            assert session.send().startswith("user=mst-alice ")
+
+
+def test_a_change_that_keeps_size_and_times_counts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that cp -p and rsync -t set back is not what tells a change, nor the inode."""
+    path = tmp_path / "blocked"
+    monkeypatch.setattr(ms.time, "time", lambda real=ms.time.time: real() + 10)  # it has rested for 10 s
+    block_list, before = ms.BlockList([], str(path), 0, ms.Workers(1, 2)), 0
+    for name in "mst-alice", "mst-alicf", "mst-alice":
+        while not path.exists() or path.stat().st_ctime_ns == before:  # until the file system's clock has ticked
+            path.write_text(name)
+            os.utime(path, (1e9, 1e9))
+        before = path.stat().st_ctime_ns
+        assert block_list.now().names == {name}
+
+
+def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stat(2) a message is all it costs, also where its time lies in the future."""
+    path, read = tmp_path / "blocked", []
+    path.write_text("mst-alice\n")
+    os.utime(path, (1e10, 1e10))
+    monkeypatch.setattr(ms, "read_entries", lambda *a, real=ms.read_entries: read.append(a) or real(*a))
+    monkeypatch.setattr(ms.time, "time", lambda real=ms.time.time: real() + 10)  # it has rested for 10 s
+    block_list = ms.BlockList([], str(path), 0, ms.Workers(1, 2))
+    for _ in range(20):
+        assert "mst-alice" in block_list.now().names
+    assert len(read) == 1
+
+
+def missing(path: pathlib.Path) -> None:
+    """Remove it."""
+    path.unlink()
+
+
+def unreadable(path: pathlib.Path) -> None:
+    """Let root alone read it."""
+    replace(path, "mst-bob\n", 0o600)
+
+
+def contains(data: bytes) -> Callable[[pathlib.Path], None]:
+    """Put that into it."""
+    return lambda path: replace(path, b"mst-bob\n" + data)
+
+
+def fifo(path: pathlib.Path) -> None:
+    """Make it a FIFO: opening one waits for a writer."""
+    path.unlink()
+    os.mkfifo(path, 0o644)
+
+
+def symlink_to_fifo(path: pathlib.Path) -> None:
+    """Make it a symbolic link to a FIFO."""
+    target = path.with_suffix(".fifo")
+    target.unlink(missing_ok=True)
+    os.mkfifo(target, 0o644)
+    path.unlink()
+    path.symlink_to(target)
+
+
+def a_directory(path: pathlib.Path) -> None:
+    """Make it a directory."""
+    path.unlink()
+    path.mkdir()
+
+
+def foreign(path: pathlib.Path) -> None:
+    """Let it belong to a user who may not say who sends mail."""
+    replace(path, "mst-bob\n")
+    os.chown(path, pwd.getpwnam("mst-bob").pw_uid, -1)
+
+
+def writable(mode: int) -> Callable[[pathlib.Path], None]:
+    """Let others write to it."""
+    return lambda path: replace(path, "mst-bob\n", mode)
+
+
+WRONG = {
+    "missing": missing, "unreadable": unreadable, "not UTF-8": contains(b"mst-\xff\n"), "NUL": contains(b"mst\0alice\n"),
+    "a blank inside": contains(b"mst alice\n"), "a Unicode blank": contains("mst\u2003alice\n".encode()),
+    "a Unicode line end": contains("mst\u2028alice\n".encode()), "a colon": contains(b"mst:alice\n"),
+    "a number that is none": contains("\u00b2\n".encode()), "a number too long": contains(b"1" * 5000 + b"\n"),
+    "FIFO": fifo, "link to a FIFO": symlink_to_fifo, "directory": a_directory, "foreign": foreign,
+    "group-writable": writable(0o664), "world-writable": writable(0o646), "oversized": contains(b"#" * (1 << 20)),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_a_file_gone_wrong_keeps_the_last_good_list_whole_and_says_so_once(
+        why: str, listed: mta.Milter, blocked_file: pathlib.Path, users: types.SimpleNamespace) -> None:
+    """Who was blocked stays so, nobody else is, and a repair counts at once."""
+    replace(blocked_file, "mst-alice\n")
+    said = len(listed.lines(STAYS))
+    assert send(listed, users.alice.pw_uid) == refused("mst-alice")
+    assert len(listed.lines(STAYS)) == said
+    WRONG[why](blocked_file)
+    for _ in range(3):
+        assert send(listed, users.alice.pw_uid) == refused("mst-alice")
+        assert send(listed, users.bob.pw_uid).startswith("user=mst-bob ")
+    assert len(listed.lines(STAYS)) == said + 1, listed.log()
+    if blocked_file.is_dir():
+        blocked_file.rmdir()
+    replace(blocked_file, "mst-bob\n")
+    assert send(listed, users.alice.pw_uid).startswith("user=mst-alice ")
+    assert send(listed, users.bob.pw_uid) == refused("mst-bob")
+
+
+@pytest.mark.parametrize("why", [why for why in WRONG if why != "unreadable"])
+def test_a_file_that_is_wrong_at_start_is_a_settings_problem(why: str, tmp_path: pathlib.Path,
+                                                             users: types.SimpleNamespace) -> None:
+    """The problem is said, in one line that names the setting and the file."""
+    path = tmp_path / "blocked"
+    path.write_text("")
+    WRONG[why](path)
+    values = {**{name: getattr(ms, name) for name in ms.SETTINGS}, "socketname": str(tmp_path / "sock")}
+    values["blocked_mailusers_file"] = str(path)
+    said = [problem for problem in ms.settings_problems(values) if problem.startswith("blocked_mailusers_file")]
+    assert len(said) == 1 and "\n" not in said[0] and str(path) in said[0]
+
+
+@pytest.mark.parametrize("why", ["missing", "unreadable"])
+def test_a_file_that_the_milter_cannot_read_ends_it_with_78(why: str, make_milter: Callable, place: pathlib.Path) -> None:
+    """Root's sight of it does not count: the milter rereads it as run_as_user."""
+    path = place / "blocked"
+    path.write_text("mst-bob\n")
+    WRONG[why](path)
+    milter = make_milter(blocked_mailusers_file=str(path))
+    milter.start(wait=False)
+    mta.wait_for(lambda: milter.process.poll() is not None or milter.lines("listening"), what="its end")
+    assert milter.process.poll() == 78, milter.log()
+    assert "blocked_mailusers_file" in milter.log()
+
+
+def test_an_entry_that_is_not_found_is_said(listed: mta.Milter, blocked_file: pathlib.Path,
+                                            users: types.SimpleNamespace) -> None:
+    """A ban with a slip of the pen is not a silent one."""
+    replace(blocked_file, "mst-alcie\n")
+    send(listed, users.alice.pw_uid)
+    listed.wait_lines("mst-alcie")
+
+
+def test_a_list_of_the_largest_size_holds_nobody_up(tmp_path: pathlib.Path) -> None:
+    """A hundred thousand uids are one list in less than the time that a connection waits for its description."""
+    path = tmp_path / "blocked"
+    path.write_text("".join(f"{uid}\n" for uid in range(100000, 240000)))
+    block_list = ms.BlockList([], str(path), 0, ms.Workers(1, 2))
+    spent = ms.time.thread_time()
+    assert 239999 in block_list.now().uids
+    assert ms.time.thread_time() - spent < 3  # CPU time of one thread; quadratic code takes minutes
+
+
+def test_changes_while_the_directory_hangs_are_not_undone_when_it_answers(tmp_path: pathlib.Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: what counts is the last one."""
+    path, go = tmp_path / "blocked", threading.Event()
+    path.write_text("mst-0\n")
+    monkeypatch.setattr(ms, "NAME_SECONDS", 0.01)
+    monkeypatch.setattr(ms.pwd, "getpwnam", lambda name, real=pwd.getpwnam: go.wait(30) and real(name))
+    block_list = ms.BlockList([], str(path), 0, ms.Workers(1, 2))
+    for number in range(6):
+        replace(path, f"mst-{number}\n")
+        assert block_list.now().names == {f"mst-{number}"}
+    go.set()
+    asked = block_list.asked
+    while block_list.asked == asked or not block_list.future.done():  # until it has been asked about the last list
+        assert block_list.now().names == {"mst-5"}
+    assert block_list.now().names == {"mst-5"}
+
+
+# --- the actions --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def postfix(root: None) -> Iterator[mta.Postfix]:
+    """Start a Postfix for milters with different actions."""
+    with mta.Postfix() as instance:
+        yield instance
+
+
+@pytest.mark.parametrize("action, reply", [("reject", "550 5.7.1"), ("tempfail", "450 4.7.1")])
+def test_a_blocked_user_is_refused_with_his_name(action: str, reply: str, postfix: mta.Postfix,
+                                                 users: types.SimpleNamespace) -> None:
+    """The reply says who, for good or for now; the next user's mail is delivered."""
+    postfix.forget_messages()
+    with mta.Milter(postfix, blocked_mailusers=["mst-bob"], blocked_action=action) as milter:
+        said = mta.run_as("mst-bob", mta.smtp(postfix.port)).stdout
+        assert f"{reply} User mst-bob is blocked from sending mail" in said.splitlines()
+        assert mta.run_as("mst-alice", mta.smtp(postfix.port)).returncode == 0
+        assert postfix.wait_messages(1)[0]["X-Sender-Process-Info"].startswith("user=mst-alice ")
+        assert f"action={action} reason=blocked" in milter.wait_lines("user=mst-bob")[0]
+    assert len(postfix.messages()) == 1
+
+
+def test_quarantine_puts_a_blocked_users_mail_on_hold(postfix: mta.Postfix, users: types.SimpleNamespace) -> None:
+    """It is in the hold queue as postqueue shows it, tagged; released, it is delivered with its header."""
+    postfix.forget_messages()
+    with mta.Milter(postfix, blocked_mailusers=["mst-bob"], blocked_action="quarantine") as milter:
+        assert mta.run_as("mst-bob", mta.smtp(postfix.port)).returncode == 0
+        queued = mta.wait_for(postfix.postqueue, what="the message in the queue")
+        line = milter.wait_lines("user=mst-bob")[0]
+        assert [message["queue_name"] for message in queued] == ["hold"]
+        assert f" {queued[0]['queue_id']}: client=" in line and "action=quarantine reason=blocked" in line
+        assert f"{queued[0]['queue_id']}!" in postfix.run("postqueue", "-p").stdout
+        assert "User mst-bob is blocked from sending mail" in postfix.log()
+    assert postfix.run("postsuper", "-H", queued[0]["queue_id"]).returncode == 0
+    postfix.run("postqueue", "-f")
+    assert postfix.wait_messages(1)[0]["X-Sender-Process-Info"].startswith("user=mst-bob ")
+
+
+def test_log_is_a_dry_run(postfix: mta.Postfix, users: types.SimpleNamespace) -> None:
+    """The mail is tagged and delivered, and the log says what would have been done."""
+    postfix.forget_messages()
+    with mta.Milter(postfix, blocked_mailusers=["mst-bob"], blocked_action="log") as milter:
+        assert mta.run_as("mst-bob", mta.smtp(postfix.port)).returncode == 0
+        assert postfix.wait_messages(1)[0]["X-Sender-Process-Info"].startswith("user=mst-bob ")
+        assert "action=log reason=blocked" in milter.wait_lines("user=mst-bob")[0]
+
+
+# --- the limits ---------------------------------------------------------------------------------------------------
+
+def over(name: Any, limit: int) -> str:
+    """Give the reply that a user over the limit gets."""
+    return f"450 4.7.1 User {name} is over the limit of {limit} recipients an hour"
+
+
+@pytest.fixture(scope="module")
+def limited(users: types.SimpleNamespace) -> Iterator[mta.Milter]:
+    """Start a milter with limits: 10 for mst-alice, none for mst-bob and 60500, 5 for everyone else."""
+    with mta.Milter(hourly_limits={"*": 5, "mst-alice": 10, "mst-bob": None, 60500: None, 60501: 0}) as milter:
+        yield milter
+
+
+def test_a_limit_counts_recipients_and_not_what_it_refuses(limited: mta.Milter, users: types.SimpleNamespace) -> None:
+    """By name: 7 of 10, then 4 are too many, 3 still pass, and then nothing does."""
+    uid = users.alice.pw_uid
+    assert send(limited, uid, 7).startswith("user=mst-alice ")
+    for _ in range(3):
+        assert send(limited, uid, 4) == over("mst-alice", 10)
+    assert not limited.lines("user=mst-alice has addressed")
+    assert send(limited, uid, 3).startswith("user=mst-alice ")
+    assert send(limited, uid) == over("mst-alice", 10)
+    assert "rcpts=1 action=tempfail reason=limit" in limited.wait_lines("user=mst-alice", 6)[-1]
+
+
+@pytest.mark.parametrize("uid", [60400, 60401])
+def test_the_star_is_for_each_user_who_is_not_named(uid: int, limited: mta.Milter) -> None:
+    """Each has a count of his own; one without a name is given by number."""
+    assert send(limited, uid, 5).startswith(f"user={uid} ")
+    assert send(limited, uid) == over(uid, 5)
+
+
+@pytest.mark.parametrize("uid", [0, 1])
+def test_none_is_no_limit_and_nought_is_nothing(uid: int, limited: mta.Milter, users: types.SimpleNamespace) -> None:
+    """None exempts from "*", by name and by number."""
+    who = (users.bob.pw_uid, 60500)[uid]
+    with Session(limited, who) as session:
+        assert all(session.send(20).startswith("user=") for _ in range(3))
+    assert send(limited, 60501) == over(60501, 0)
+
+
+def test_a_warning_is_logged_once_at_four_fifths(limited: mta.Milter) -> None:
+    """Before it is too late, and not for every message from there on."""
+    with Session(limited, 60402) as session:
+        for count, warned in (3, 0), (1, 1), (1, 1), (1, 1):
+            session.send(count)
+            assert len(limited.lines("WARNING user=60402 has addressed 4 of 5 recipients an hour")) == warned
+
+
+def test_many_connections_have_one_limit(limited: mta.Milter) -> None:
+    """Twelve messages whose ends arrive together, on as many connections, have five recipients between them."""
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(Session(limited, 60403)) for _ in range(12)]
+        answers: list[str] = []
+        threads = [threading.Thread(target=lambda s=s: answers.append(s.send())) for s in sessions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(answers) == sorted([over(60403, 5)] * 7 + [a for a in answers if a.startswith("user=60403 ")])
+
+
+@pytest.mark.parametrize("action", ["quarantine", "log", "tempfail"])
+def test_over_the_limit_follows_the_action(action: str, make_milter: Callable, users: types.SimpleNamespace) -> None:
+    """Held or passed, it counts on and carries its header; refused, it is for now even where that is for good."""
+    with make_milter(hourly_limits={"*": 2}, blocked_action=action) as milter:
+        with Session(milter, users.bob.pw_uid) as session:
+            session.send(2)
+            for _ in range(2):
+                replies = session.wire.message()
+                kinds = [reply[0] for reply in replies]
+                assert ("quarantine" in kinds, "addheader" in kinds) == (action == "quarantine", action != "tempfail")
+        said = [re.search(r" action=(\w+(?: reason=\w+)?)", line)[1] for line in milter.wait_lines("action=", 3)]
+        assert said == ["tag"] + [f"{action} reason=limit"] * 2
+
+
+def test_a_delegated_uid_has_no_limit_of_its_own(limited: mta.Milter, users: types.SimpleNamespace) -> None:
+    """What a user sends under a uid of his /etc/subuid range counts as his."""
+    before = pathlib.Path("/etc/subuid").read_text() if os.path.exists("/etc/subuid") else None
+    try:
+        pathlib.Path("/etc/subuid").write_text("60404:700000000:65536\n")
+        assert send(limited, 700000007, 4).startswith("user=60404 ")
+        assert send(limited, 700000008, 2) == over(60404, 5)
+    finally:
+        if before is None:
+            os.unlink("/etc/subuid")
+        else:
+            pathlib.Path("/etc/subuid").write_text(before)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Give a clock to turn: .now, in seconds."""
+    clock = types.SimpleNamespace(now=5000.0 * 60)
+    monkeypatch.setattr(ms.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize("offset", [0, 1, 30, 59.9])
+def test_no_period_of_an_hour_has_more_than_the_limit(offset: float, clock: types.SimpleNamespace) -> None:
+    """One recipient a minute with a limit of 30: never more than 30 in any hour, and it goes on afterwards."""
+    limits, passed = ms.Limits({"*": 30}), []
+    clock.now += offset
+    for _ in range(300):
+        if limits.take(ms.Person(1001), 1, True) is None:
+            passed.append(clock.now)
+        clock.now += 47
+    assert max(sum(1 for other in passed if then <= other < then + 3600) for then in passed) == 30
+    assert len(passed) > 90
+
+
+def test_memory_for_limits_is_bounded_and_the_longest_silent_goes(clock: types.SimpleNamespace) -> None:
+    """Whoever sends a message a minute is not forgotten however many others there are."""
+    limits = ms.Limits({"*": 1000})
+    for uid in range(30000):
+        clock.now += 0.1
+        assert limits.take(ms.Person(100000 + uid), 1, True) is None
+        if uid % 600 == 0:
+            assert limits.take(ms.Person(7), 1, True) is None
+    assert len(limits.counts) <= ms.MOST_REMEMBERED
+    assert limits.used(7, int(clock.now // 60)) == 50 and limits.used(100000, int(clock.now // 60)) == 0
+    for _ in range(100000):
+        clock.now += 7
+        limits.take(ms.Person(7), 1, False)
+    assert len(limits.counts[7]) <= 62
+
+
+# --- a directory that is slow or down -----------------------------------------------------------------------------
+
+SLOW = r'''
+#include <errno.h>
+#include <grp.h>
+#include <nss.h>
+#include <pwd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+/* Note the question in $NSS_SLOW/log, and wait up to 10 s while there is a file $NSS_SLOW/slow. */
+static enum nss_status slow(const char *what, const char *name) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/log", getenv("NSS_SLOW"));
+    FILE *log = fopen(path, "a");
+    if (log) { fprintf(log, "begin %s %s\n", what, name); fclose(log); }
+    snprintf(path, sizeof path, "%s/slow", getenv("NSS_SLOW"));
+    for (int i = 0; i < 1000 && access(path, F_OK) == 0; i++) usleep(10000);
+    snprintf(path, sizeof path, "%s/log", getenv("NSS_SLOW"));
+    if ((log = fopen(path, "a"))) { fprintf(log, "end %s %s\n", what, name); fclose(log); }
+    return NSS_STATUS_NOTFOUND;
+}
+enum nss_status _nss_slow_getpwnam_r(const char *name, struct passwd *p, char *b, size_t n, int *e) {
+    return slow("name", name);
+}
+enum nss_status _nss_slow_getpwuid_r(uid_t uid, struct passwd *p, char *b, size_t n, int *e) {
+    char text[20];
+    snprintf(text, sizeof text, "%u", uid);
+    return slow("uid", text);
+}
+enum nss_status _nss_slow_getgrnam_r(const char *name, struct group *g, char *b, size_t n, int *e) {
+    return slow("group", name);
+}
+'''
+MOUNT = ('mount --bind "$0/nsswitch.conf" /etc/nsswitch.conf && mount --bind "$0/users" /var/lib/extrausers '
+         '&& exec "$@"')
+PEOPLE = {"mst-eve": 42401, "mst-mallory": 42402, "mst-trent": 42403}  # known to the directory only
+
+
+class Directory:
+    """A directory service for one milter: libnss-extrausers' files, behind a module that can be made slow."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path, self.slow_file, self.log = path, path / "slow", path / "log"
+        path.chmod(0o777)
+        (path / "users").mkdir()
+        (path / "nsswitch.conf").write_text("passwd: slow files extrausers\ngroup: slow files extrausers\n")
+        (path / "slow.c").write_text(SLOW)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path / "libnss_slow.so.2", path / "slow.c"], check=True)
+        self.people, self.members = dict(PEOPLE), ["mst-trent"]
+        self.log.touch()
+        self.log.chmod(0o666)  # the milter's user writes to it
+        self.up()
+
+    def up(self) -> None:
+        """Let it answer."""
+        lines = [f"{name}:x:{uid}:{uid}::/:/bin/sh\n" for name, uid in self.people.items()]
+        replace(self.path / "users/group", f"mst-fired:x:42500:{','.join(self.members)}\n")
+        replace(self.path / "users/passwd", "".join(lines))
+
+    def down(self) -> None:
+        """Let it know nobody."""
+        for name in "passwd", "group":
+            (self.path / "users" / name).unlink()
+
+    @contextlib.contextmanager
+    def slow(self) -> Iterator[None]:
+        """Let every question take 10 s, or until the end of this block."""
+        self.slow_file.touch()
+        try:
+            yield
+        finally:
+            self.slow_file.unlink()
+
+    def asked(self, what: str) -> int:
+        """Count how often something was asked for ("begin uid 42401", "end uid 42401")."""
+        return self.log.read_text().splitlines().count(what)
+
+    def options(self) -> dict[str, Any]:
+        """Give the options of a milter that uses it."""
+        return {"prefix": ["unshare", "--mount", "sh", "-c", MOUNT, str(self.path)],
+                "env": {"NSS_SLOW": str(self.path), "LD_LIBRARY_PATH": str(self.path)}}
+
+
+@pytest.fixture
+def directory(users: types.SimpleNamespace, place: pathlib.Path) -> Directory:
+    """Make a directory service."""
+    if not os.path.isdir("/var/lib/extrausers"):
+        pytest.skip("no libnss-extrausers: no directory service to take away")
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc: no directory service that is slow")
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces: /etc/nsswitch.conf cannot be another one for the milter")
+    return Directory(place)
+
+
+@pytest.fixture
+def served(directory: Directory, make_milter: Callable) -> Callable[..., mta.Milter]:
+    """Start a milter on that directory, with a block list's file (.path) that has these lines."""
+    def start(*lines: str, refresh: float = 60, **settings: Any) -> mta.Milter:
+        path = directory.path / "blocked"
+        replace(path, "".join(line + "\n" for line in lines))
+        script = directory.path / "script.py"
+        source, times = mta.SCRIPT.read_text(), "REFRESH_SECONDS = 0.3, 60"
+        assert times in source
+        script.write_text(source.replace(times, f"REFRESH_SECONDS = 0.3, {refresh}"))
+        milter = make_milter(script=script, blocked_mailusers_file=str(path), **directory.options(), **settings)
+        milter.path = path
+        return milter.start()
+    return start
+
+
+def test_a_name_is_asked_for_once_a_minute(directory: Directory, served: Callable) -> None:
+    """Ten messages, ten connections, one question."""
+    milter = served()
+    for _ in range(10):
+        assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
+    assert directory.asked(f"begin uid {PEOPLE['mst-eve']}") == 1
+
+
+def test_a_slow_directory_gives_the_number_and_holds_nobody_up(directory: Directory, served: Callable,
+                                                               users: types.SimpleNamespace) -> None:
+    """All messages pass before it has answered once, with the names that are known; later they have theirs."""
+    milter = served("mst-mallory")
+    assert send(milter, users.alice.pw_uid).startswith("user=mst-alice ")
+    with directory.slow():
+        for uid in range(42600, 42605):  # more than there are threads to ask
+            assert send(milter, uid).startswith(f"user={uid} ")
+        assert send(milter, users.alice.pw_uid).startswith("user=mst-alice ")
+        assert send(milter, PEOPLE["mst-mallory"]) == refused(PEOPLE["mst-mallory"])
+        assert directory.asked("begin uid 42600") == 1 and directory.asked("end uid 42600") == 0
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory"), what="the name")
+
+
+def test_without_a_list_a_slow_directory_gives_the_number(directory: Directory, served: Callable) -> None:
+    """The user is known all the same, as his uid."""
+    milter = served()
+    with directory.slow():
+        assert send(milter, PEOPLE["mst-eve"]).startswith(f"user={PEOPLE['mst-eve']} ")
+        assert directory.asked(f"end uid {PEOPLE['mst-eve']}") == 0
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve "), what="the name")
+
+
+@pytest.mark.parametrize("fault", ["slow", "down"])
+def test_a_change_while_the_directory_fails_unblocks_nobody(fault: str, directory: Directory, served: Callable) -> None:
+    """Users who have not sent before are still refused, and the one who is added is so by uid."""
+    milter = served("mst-mallory", "@mst-fired")
+    with contextlib.ExitStack() as stack:
+        if fault == "slow":
+            stack.enter_context(directory.slow())
+        else:
+            directory.down()
+        with milter.path.open("a") as file:
+            file.write("42401\n")
+        for uid in PEOPLE.values():
+            assert send(milter, uid) == refused(uid), uid
+    if fault == "down":
+        directory.up()
+
+
+def test_a_directory_that_stays_down_unblocks_nobody(directory: Directory, served: Callable) -> None:
+    """Names, a group's members and the list itself are asked for anew, in vain, and stay as they were."""
+    milter = served("mst-mallory", "@mst-fired", refresh=0.2)
+    assert send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory")
+    directory.down()
+    asked = directory.asked("end name mst-mallory")
+
+    def refuses() -> bool:
+        """Have both refused, and say whether the directory has been asked three times meanwhile."""
+        assert send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory")
+        assert send(milter, PEOPLE["mst-trent"]) == refused(PEOPLE["mst-trent"])
+        return directory.asked("end name mst-mallory") >= asked + 3
+    mta.wait_for(refuses, what="the list to be resolved anew")
+    directory.up()
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-trent"]) == refused("mst-trent"), what="the name")
+
+
+def test_names_and_members_are_resolved_anew(directory: Directory, served: Callable) -> None:
+    """Who leaves a group, or has got a blocked user's old uid, is free, though another entry is never found."""
+    milter = served("mst-mallory", "@mst-fired", "mst-no-such-user", refresh=0.2)
+    assert send(milter, PEOPLE["mst-trent"]) == refused("mst-trent")
+    assert send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory")
+    directory.people = {"mst-heir": PEOPLE["mst-mallory"], "mst-trent": PEOPLE["mst-trent"], "mst-eve": PEOPLE["mst-eve"]}
+    directory.members = ["mst-eve"]
+    directory.up()
+    for name, uid in ("mst-trent", PEOPLE["mst-trent"]), ("mst-heir", PEOPLE["mst-mallory"]):
+        mta.wait_for(lambda: send(milter, uid).startswith(f"user={name} "), what=f"{name}'s freedom")
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-eve"]) == refused("mst-eve"), what="the new member")
+
+
+def test_the_first_message_after_a_quiet_time_meets_the_groups_as_they_are(directory: Directory, served: Callable) -> None:
+    """A list that was resolved before the last minute is not the one that decides."""
+    milter = served("@mst-fired", refresh=0.1)
+    assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
+    directory.members = ["mst-eve"]
+    directory.up()
+    quiet = ms.time.monotonic() + 0.3
+    mta.wait_for(lambda: ms.time.monotonic() > quiet, what="a quiet time")
+    assert send(milter, PEOPLE["mst-eve"]) == refused("mst-eve")

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+"""The README's systemd unit: clean, hardened, and the lookups work inside its limits, which are set without systemd."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import pwd
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import tempfile
+import types
+from typing import Any, Iterator
+
+import pytest
+
+import mta
+
+README = mta.SCRIPT.parent / "README.md"
+EXPOSURE = 2.5  # the most that systemd-analyze security may say
+Unit = dict[str, list[str]]
+
+# Load, as systemd does, seccomp filters for: the system calls, the address families, memory written and executed.
+SECCOMP = r'''
+import ctypes, json, os, resource, sys
+limits = json.loads(sys.argv[1])
+lib = ctypes.CDLL("libseccomp.so.2")
+lib.seccomp_init.restype = ctypes.c_void_p
+class Compare(ctypes.Structure):  # struct scmp_arg_cmp
+    _fields_ = [("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64)]
+EQUAL, MASKED_EQUAL, ALLOW, ERRNO = 4, 7, 0x7fff0000, 0x00050000
+def load(default, action, rules):
+    context = ctypes.c_void_p(lib.seccomp_init(default))
+    for name, *compare in rules:
+        number = lib.seccomp_syscall_resolve_name(name.encode())
+        if number >= 0:
+            rc = lib.seccomp_rule_add_array(context, action, number, len(compare), (Compare * len(compare))(*compare))
+            assert rc == 0, (name, rc)
+    assert lib.seccomp_load(context) == 0
+if limits["no_write_execute"]:
+    load(ALLOW, ERRNO | 1, [("mmap", Compare(2, MASKED_EQUAL, 6, 6)), ("mprotect", Compare(2, MASKED_EQUAL, 4, 4)),
+                            ("pkey_mprotect", Compare(2, MASKED_EQUAL, 4, 4))])
+load(ALLOW, ERRNO | 97, [("socket", Compare(0, EQUAL, family)) for family in range(64)
+                         if family not in limits["families"]])
+os.umask(limits["umask"])
+most = min(limits["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1024), most))
+load(ERRNO | 1, ALLOW, [(name,) for name in limits["calls"]])
+os.execv(sys.argv[2], sys.argv[2:])
+'''
+
+
+def read_unit() -> str:
+    """Give the unit from the README's fence that begins with [Unit]."""
+    return re.search(r"^```ini\n(\[Unit\]\n.*?)^```", README.read_text(), re.M | re.S)[1]
+
+
+def parse(text: str) -> Unit:
+    """Give the values of each key, in order; systemd's comments are lines of their own."""
+    unit: Unit = {}
+    for key, value in re.findall(r"^(\w+)=(.*)$", text, re.M):
+        unit.setdefault(key, []).append(value)
+    return unit
+
+
+def system_calls(filters: list[str]) -> list[str]:
+    """Resolve SystemCallFilter= lines, the first an allow list, as systemd.exec(5) says."""
+    listing = subprocess.run(["systemd-analyze", "syscall-filter"], capture_output=True, text=True, check=True).stdout
+    sets = {block.split()[0]: [line.strip() for line in block.splitlines()[1:] if line.strip()[:1] not in ("", "#")]
+            for block in re.split(r"\n\n(?=@)", listing) if block.startswith("@")}
+
+    def expand(word: str) -> set[str]:
+        return set().union(*map(expand, sets[word])) if word[0] == "@" else {word}
+    allowed = expand("@default")
+    for line in filters:
+        calls = set().union(*map(expand, line.lstrip("~").split()))
+        allowed = allowed - calls if line[0] == "~" else allowed | calls
+    return sorted(allowed)
+
+
+def mounts(unit: Unit, private: pathlib.Path) -> str:
+    """Write the shell commands that make the unit's mounts; private stands for its ReadWritePaths."""
+    def read_only(path: str) -> str:
+        return f"mount --rbind {path} {path}; mount -o remount,bind,ro {path}"
+    lines = ["set -e"]
+    if unit.get("ProtectSystem") == ["strict"]:
+        lines += [read_only(path) for path in ("/etc", "/usr", "/var", "/opt", "/srv")]
+        lines += [f"mount --bind {private} {private}; mount -o remount,bind,rw {private}"]
+    if unit.get("ProtectHome") == ["yes"]:
+        lines += [f"mount -t tmpfs -o mode=0 none {path}" for path in ("/home", "/root")]
+    if unit.get("PrivateTmp") == ["yes"]:
+        lines += ["mount -t tmpfs none /tmp"]
+    if unit.get("ProtectKernelTunables") == ["yes"]:
+        lines += [read_only("/proc/sys"), read_only("/sys")]
+    if unit.get("ProtectControlGroups") == ["yes"]:
+        lines += ["while read -r _ at kind _; do [ $kind != cgroup2 ] || mount -o remount,bind,ro $at; "
+                  "done </proc/self/mounts"]
+    return "; ".join([*lines, 'exec "$@"'])
+
+
+def limited(unit: Unit, private: pathlib.Path) -> list[str]:
+    """Give the command that runs another within the unit's limits, as far as that can be had without systemd."""
+    user, capabilities = pwd.getpwnam(unit["User"][0]), ["-all"] + [
+        "+" + name.lower()[4:] for name in unit["CapabilityBoundingSet"][0].split()]
+    families = [getattr(socket, name) for name in unit["RestrictAddressFamilies"][0].split()]
+    limits = {"calls": system_calls(unit["SystemCallFilter"]), "families": families, "umask": int(unit["UMask"][0], 8),
+              "files": int(unit["LimitNOFILE"][0]), "no_write_execute": unit.get("MemoryDenyWriteExecute") == ["yes"]}
+    ambient = ["-all"] + ["+" + name.lower()[4:] for name in unit["AmbientCapabilities"][0].split()]
+    return ["unshare", "--mount", "sh", "-c", mounts(unit, private), "sh",
+            "setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups",
+            "--bounding-set=" + ",".join(capabilities), "--inh-caps=" + ",".join(ambient),
+            "--ambient-caps=" + ",".join(ambient), "--no-new-privs", mta.PYTHON, "-c", SECCOMP, json.dumps(limits)]
+
+
+@pytest.fixture(scope="module")
+def systemd() -> None:
+    """Skip where systemd's own checker cannot run."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze here")
+
+
+@pytest.fixture(scope="module")
+def limits(systemd: None, root: None, sees_others: None) -> None:
+    """Skip where the unit's limits cannot be set."""
+    tried = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/tmp"],
+                           capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no mount namespaces here, as in most containers: {tried.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def postfix(root: None) -> Iterator[mta.Postfix]:
+    """Start a Postfix outside of /tmp, which the unit hides."""
+    with tempfile.TemporaryDirectory(prefix="milter-test.", dir="/var/spool") as directory:
+        with mta.Postfix(directory) as postfix:
+            yield postfix
+
+
+@pytest.fixture
+def start(postfix: mta.Postfix, limits: None) -> Iterator[Any]:
+    """Start the script within the limits of the README's unit, some of its lines replaced."""
+    started = []
+
+    def start(**replaced: list[str]) -> mta.Milter:
+        unit = {**parse(read_unit()), **replaced}
+        private = pathlib.Path(postfix.socketname).parent
+        started.append(mta.Milter(postfix, prefix=limited(unit, private)))
+        return started[-1].start()
+    postfix.forget_messages()
+    yield start
+    for milter in started:
+        milter.stop()
+
+
+def header_of(postfix: mta.Postfix) -> str:
+    """Send one message as mst-alice and give the header it got."""
+    sent = mta.run_as("mst-alice", mta.smtp(postfix.port))
+    assert sent.returncode == 0, sent.stdout
+    return str(postfix.wait_messages(1)[0]["X-Sender-Process-Info"])
+
+
+def status(pid: int) -> dict[str, str]:
+    """Give /proc/PID/status."""
+    return dict(re.findall(r"^(\w+):\s*(.*)$", pathlib.Path(f"/proc/{pid}/status").read_text(), re.M))
+
+
+@pytest.fixture
+def unit_file(tmp_path: pathlib.Path, systemd: None) -> pathlib.Path:
+    """Give the README's unit as a file."""
+    file = tmp_path / "milter_sysuser.service"
+    file.write_text(read_unit())
+    return file
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(unit_file: pathlib.Path) -> None:
+    """Neither an error nor a warning, such as an unknown key."""
+    found = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit_file)],
+                           capture_output=True, text=True)
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+
+
+def test_the_unit_is_hardened(unit_file: pathlib.Path) -> None:
+    """systemd-analyze security says 2.5 or less."""
+    found = subprocess.run(["systemd-analyze", "security", "--offline=yes", "--no-pager", str(unit_file)],
+                           capture_output=True, text=True)
+    exposure = re.search(r"exposure level for \S+: ([0-9.]+)", found.stdout)
+    assert exposure and float(exposure[1]) <= EXPOSURE, found.stdout + found.stderr
+
+
+def test_each_capability_and_each_exception_is_explained() -> None:
+    """A comment of the unit names it."""
+    text = read_unit()
+    unit, comments = parse(text), " ".join(re.findall(r"^# (.*)$", text, re.M))
+    exceptions = [word for key in ("CapabilityBoundingSet", "AmbientCapabilities", "RestrictAddressFamilies")
+                  for word in unit[key][0].split()] + unit["SystemCallFilter"][-1].split()
+    exceptions += [key for key in ("ProtectProc", "ProcSubset", "PrivateUsers", "PrivateNetwork") if key not in unit]
+    assert not [word for word in exceptions if not re.search(rf"\b{word}\b", comments)]
+
+
+def test_the_unit_starts_before_the_mta_and_again_after_a_failure_but_not_a_wrong_setting() -> None:
+    """What depends on the script is as the script has it: its exit status, its user, its socket's directory."""
+    unit = parse(read_unit())
+    expected = {"Type": "notify", "NotifyAccess": "main", "Restart": "on-failure", "SyslogFacility": "mail",
+                "RestartPreventExitStatus": re.search(r"^EX_CONFIG = (\d+)", mta.SCRIPT.read_text(), re.M)[1],
+                "SyslogIdentifier": "milter_sysuser", "WantedBy": "multi-user.target"}
+    assert {key: unit[key][0] for key in expected} == expected
+    assert {"postfix.service", "postfix@-.service", "sendmail.service"} <= set(unit["Before"][0].split())
+    default = re.search(r'^run_as_user = "(\w+)"', mta.SCRIPT.read_text(), re.M)[1]
+    assert unit["User"] == [default]
+    assert pathlib.Path(unit["ReadWritePaths"][0].lstrip("-")) == pathlib.Path(
+        re.search(r'^socketname = "(.+)"', mta.SCRIPT.read_text(), re.M)[1]).parent
+
+
+def test_the_lookups_work_within_the_limits_of_the_unit(
+        start: Any, postfix: mta.Postfix, users: types.SimpleNamespace) -> None:
+    """User, program, exe and directory of another user's process are known, and nothing was complained about."""
+    milter = start()
+    assert header_of(postfix) == f"user=mst-alice program={pathlib.Path(mta.PYTHON).name}"
+    line = milter.wait_lines("action=tag")[0]
+    assert "=?" not in line.replace(" unit=?", ""), line
+    assert not milter.lines("WARNING") and not milter.lines("ERROR"), milter.log()
+
+
+def test_the_process_that_faces_the_mail_has_no_privilege_and_the_helper_only_two(
+        start: Any, postfix: mta.Postfix) -> None:
+    """Both run as the unit's User, cannot gain anything, and the helper can look but not touch."""
+    milter = start()
+    uid = str(pwd.getpwnam(parse(read_unit())["User"][0]).pw_uid)
+    faces_mail, (helper,) = status(milter.pid), map(status, milter.helper_pids())
+    for process in faces_mail, helper:
+        assert process["Uid"].split() == [uid] * 4 and process["NoNewPrivs"] == "1" and process["Seccomp"] == "2"
+        assert int(process["CapInh"], 16) == int(process["CapAmb"], 16) == 0
+    assert int(faces_mail["CapPrm"], 16) == 0
+    assert int(helper["CapPrm"], 16) == sum(1 << bit for bit in mta.CAPABILITIES.values())
+
+
+def test_a_killed_milter_starts_again_within_the_limits_of_the_unit(
+        start: Any, postfix: mta.Postfix, users: types.SimpleNamespace) -> None:
+    """The socket that it left behind is cleaned up without root's help."""
+    start().kill()
+    assert pathlib.Path(postfix.socketname).exists()
+    start()
+    assert "user=mst-alice" in header_of(postfix)
+
+
+@pytest.mark.parametrize("lines, said", [
+    ({"RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6"]}, "psutil is used"),
+    ({"CapabilityBoundingSet": ["CAP_DAC_READ_SEARCH"], "AmbientCapabilities": ["CAP_DAC_READ_SEARCH"]},
+     "without the privilege"),
+    ({"AmbientCapabilities": ["CAP_SYS_PTRACE"]}, "without the privilege"),
+    ({"SystemCallFilter": ["@system-service", "~@privileged"]}, "capset"),
+])
+def test_a_limit_that_breaks_a_lookup_would_be_noticed_here(start: Any, lines: Unit, said: str) -> None:
+    """The limits are really set: with one line too narrow the milter says what it lacks, or does not start."""
+    try:
+        log = start(**lines).log()
+    except AssertionError as ended:
+        log = str(ended)
+    assert said in log
+
+
+def test_systemd_is_told_that_it_is_ready_by_the_main_process_once_the_socket_is_there(
+        postfix: mta.Postfix, root: None, tmp_path: pathlib.Path) -> None:
+    """READY=1 comes from the pid that NotifyAccess=main accepts, and the socket then takes a connection."""
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:-2]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        (tmp_path / "notify").chmod(0o666)
+        manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        manager.settimeout(20)
+        milter = mta.Milter(postfix, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}).start(wait=False)
+        try:
+            data, ancillary, _, _ = manager.recvmsg(4096, socket.CMSG_SPACE(12))
+            assert milter.accepts()
+            assert (data, struct.unpack("3i", ancillary[0][2])[0]) == (b"READY=1", milter.pid)
+        finally:
+            assert milter.stop() == 0  # so that a stop is no failure

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""Settings and starting: what is wrong is one clear line each, all at once, before anything else happens."""
+
+from __future__ import annotations
+
+import ast
+import glob
+import itertools
+import os
+import pathlib
+import pwd
+import socket
+import subprocess
+import tempfile
+import types
+from typing import Any, Callable, Iterator
+
+import pytest
+
+import mta
+
+FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit"
+WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said of it)
+    "socketname": [("milter.sock", "must be an absolute path"), ("/no/such/directory/sock", "no directory /no/such/dir"),
+                   (None, "must be an absolute path"), ("/tmp/" + "x" * 103, "at most 107 bytes"), ("", "absolute path"),
+                   ("/tmp/a\0b", "must be an absolute path"), (b"/tmp/sock", "absolute path")],
+    "timeout": [(True, "whole number of seconds from 0"), (-1, "whole number"), ("600", "whole number"),
+                (1.5, "whole number"), (None, "whole number"), (1 << 31, "to 2147483")],
+    "run_as_user": [("no-such-user-here", "there is no such user"), (0, "no such user"), ("", "no such user"),
+                    ("post\0fix", "no such user"), (["postfix"], "no such user"), (True, "no such user")],
+    "blocked_mailusers": [("bob", "must be a list"), (None, "must be a list"), ([True], "True is not a user name"),
+                          (["two words"], "'two words' is not"), ([-1], "-1 is not"), (["@"], "'@' is not"),
+                          ({"bob"}, "must be a list"), ([["bob"]], "['bob'] is not"), (["²"], "'²' is not")],
+    "blocked_mailusers_file": [("blocked", "must be an absolute path"), ("/no/such/file", "No such file"),
+                               ("/dev/null", "not a regular file"), (["/etc/passwd"], "absolute path"), ("/etc", "/etc"),
+                               (0, "absolute path"), ("/tmp/a\0b", ""), ("/etc/passwd", "line 1")],
+    "blocked_action": [("refuse", "one of 'reject', 'tempfail', 'quarantine', 'log'"), ("accept", "one of"),
+                       (None, "one of"), (["reject"], "one of")],
+    "unidentified_action": [("log", "one of 'accept', 'tempfail', 'quarantine', 'reject'"), (True, "one of")],
+    "hourly_limits": [(200, "must be like"), ({"*": True}, "'*': a limit is a whole number"), ({"*": -1}, "whole number"),
+                      ({"*": "200"}, "whole number"), ({"no-such-user": 1}, "there is no user 'no-such-user'"),
+                      ({"root": 1.5}, "'root': a limit"), ([("*", 200)], "must be like"), ({True: 1}, "no user True"),
+                      ({None: 1}, "no user None")],
+    "header_name": [("X Sender", "printable ASCII"), ("X-Sender:", "no colon"), ("", "1 to 76"), ("X" * 77, "1 to 76"),
+                    ("Sündër", "ASCII"), (None, "1 to 76"), ("X-A\nX-B", "printable"), (b"X", "1 to 76")],
+    "header_fields": [("user", FIELDS), (["user", "nonsense"], FIELDS), (["user", "user"], "twice"), (None, FIELDS),
+                      ([True], FIELDS), ([["user"]], FIELDS), (("user",), FIELDS)],
+    "log_fields": [("uid", FIELDS), (["User"], FIELDS), (["pid", "pid"], "twice"), ({"user"}, FIELDS)],
+    "lsof_command": [("sudo lsof", "must be a list of words"), ([1], "list of words"), (None, "list of words"),
+                     ([""], "list of words"), (["a\0b"], "list of words")],
+}
+BATCHES = [dict(zip(WRONG, column)) for column in itertools.zip_longest(*WRONG.values())]
+BATCHES = [{name: case for name, case in batch.items() if case} for batch in BATCHES]
+
+
+def problems(milter: mta.Milter) -> list[str]:
+    """Run it; give the errors it logged, having said nothing else and ended as on a wrong configuration."""
+    assert milter.run() == 78, milter.log()
+    assert all(" ERROR " in line for line in milter.lines()), milter.log()
+    return [line.split(" ERROR ", 1)[1] for line in milter.lines()]
+
+
+@pytest.fixture
+def directory() -> Iterator[pathlib.Path]:
+    """Make a directory that users other than root can reach."""
+    with tempfile.TemporaryDirectory(prefix="milter-test.") as name:
+        os.chmod(name, 0o755)
+        yield pathlib.Path(name)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: f"{len(batch)} settings")
+def test_every_wrong_setting_is_one_line_naming_setting_value_and_rule(batch: dict, make_milter: Callable,
+                                                                       directory: pathlib.Path) -> None:
+    """All of them at once, and none that is well."""
+    (directory / "private").mkdir()
+    os.chown(directory / "private", pwd.getpwnam("postfix").pw_uid, -1)
+    lines = problems(make_milter(directory, **{name: value for name, (value, _) in batch.items()}))
+    for name, (value, rule) in batch.items():
+        own = [line for line in lines if line.startswith(f"{name} = {value!r}: ")]
+        assert len(own) == 1 and rule in own[0], (name, value, lines)
+    assert len(lines) == len(batch), lines
+
+
+def test_several_wrong_entries_of_one_list_are_each_named(make_milter: Callable) -> None:
+    """The administrator mends them in one go."""
+    lines = problems(make_milter(blocked_mailusers=["root", "a b", 7, True], hourly_limits={"*": -1, "nope!": 1}))
+    assert [line.rpartition("]: ")[2][:5] for line in lines if line.startswith("blocked_")] == ["'a b'", "True "]
+    assert sum(line.startswith("hourly_limits") for line in lines) == 2
+
+
+def test_check_reports_the_same_problems(make_milter: Callable) -> None:
+    """--check finds them, and its exit status says so."""
+    milter = make_milter(args=["--check"], timeout=True, header_name="")
+    assert milter.run() == 78
+    assert milter.lines("timeout = True: ") and milter.lines("header_name = '': ")
+
+
+def test_settings_at_the_edge_of_what_is_allowed_are_taken(make_milter: Callable) -> None:
+    """Empty lists, zeroes and the longest name; nothing of it is an error."""
+    milter = make_milter(timeout=0, blocked_mailusers=[0, "4294967295", "@root"], blocked_action="log", header_fields=[],
+                         hourly_limits={"*": None, "root": 0, 4711: 5}, header_name="X" * 76, log_fields=[],
+                         lsof_command=[]).start()
+    assert not milter.lines("ERROR")
+    with mta.Wire(milter.socketname) as wire:
+        assert wire.connect("192.0.2.9", 1) == [("continue",)]
+        assert wire.message() == [("continue",)]
+
+
+def test_a_blocked_name_that_does_not_exist_is_a_warning(make_milter: Callable) -> None:
+    """A directory that is down at boot stops nothing."""
+    milter = make_milter(blocked_mailusers=["no-such-user-here", "root", "@no-such-group"]).start()
+    (line,) = milter.wait_lines("not found")
+    assert "WARNING" in line and "no-such-user-here" in line and "@no-such-group" in line and "root" not in line
+
+
+@pytest.mark.parametrize("settings", [{"blocked_mailusers": ["root"]}, {"hourly_limits": {"*": 9}}], ids=str)
+def test_a_list_that_the_unidentified_can_pass_is_warned_about(settings: dict, make_milter: Callable) -> None:
+    """Only where something is set that unidentified_action accept leaves open."""
+    assert make_milter(**settings).start().lines("WARNING unidentified_action is accept")
+    assert not make_milter(unidentified_action="tempfail", **settings).start().lines("WARNING")
+
+
+# --- who and where --------------------------------------------------------------------------------------------
+
+def test_a_user_that_is_neither_root_nor_run_as_user_is_told_so(make_milter: Callable,
+                                                                users: types.SimpleNamespace) -> None:
+    """It could not drop to run_as_user, and must not serve under a third one."""
+    milter = make_milter(user="mst-alice", run_as_user="postfix")
+    os.chown(os.path.dirname(milter.socketname), pwd.getpwnam("postfix").pw_uid, -1)
+    assert [line for line in problems(milter) if "run_as_user = 'postfix'" in line and str(users.alice.pw_uid) in line]
+
+
+@pytest.mark.parametrize("run_as_user", [None, "mst-alice"])
+def test_an_ordinary_user_can_run_it_as_himself(run_as_user: Any, make_milter: Callable,
+                                                users: types.SimpleNamespace) -> None:
+    """Named or not."""
+    milter = make_milter(user="mst-alice", run_as_user=run_as_user).start()
+    assert os.stat(milter.socketname).st_uid == users.alice.pw_uid
+    assert not milter.lines("ERROR")
+
+
+def test_a_directory_that_run_as_user_may_not_write_to_is_a_problem(make_milter: Callable,
+                                                                    directory: pathlib.Path) -> None:
+    """Said before root is given up."""
+    (line,) = problems(make_milter(socketname=f"{directory}/sock"))
+    assert "socketname" in line and f"user postfix may not write to {directory}" in line
+
+
+def test_a_directory_out_of_run_as_users_reach_is_one_line(make_milter: Callable, directory: pathlib.Path) -> None:
+    """Its own mode is well, its parent's is not."""
+    inner = directory / "inner"
+    inner.mkdir()
+    os.chown(inner, pwd.getpwnam("postfix").pw_uid, -1)
+    directory.chmod(0o700)
+    milter = make_milter(socketname=f"{inner}/sock")
+    assert milter.run() != 0
+    (line,) = milter.lines("ERROR")
+    assert str(inner) in line and "Traceback" not in milter.log()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "fifo", "link to nothing", "link to a socket"])
+def test_what_is_not_a_socket_is_never_removed(kind: str, make_milter: Callable) -> None:
+    """Whatever stands at the path stays there."""
+    milter = make_milter()
+    path = pathlib.Path(milter.socketname)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{path}.stale")
+        {"file": lambda: path.write_text("precious"), "directory": path.mkdir, "fifo": lambda: os.mkfifo(path),
+         "link to nothing": lambda: path.symlink_to("/no/such/file"),
+         "link to a socket": lambda: path.symlink_to(f"{path}.stale")}[kind]()
+        before = os.lstat(path)
+        (line,) = problems(milter)
+    assert f"socketname = '{path}': there is something at that path that is not a socket" in line
+    assert os.lstat(path) == before and os.path.lexists(f"{path}.stale")
+
+
+# --- the socket that is there already -------------------------------------------------------------------------
+
+def test_a_second_start_leaves_the_first_its_socket(make_milter: Callable) -> None:
+    """It says so in one line and exits; the first goes on serving."""
+    first = make_milter().start()
+    inode = os.stat(first.socketname).st_ino
+    second = make_milter(socketname=first.socketname)
+    assert second.run() not in (0, None)
+    (line,) = second.lines()
+    assert "ERROR" in line and "another milter is already serving" in line and first.socketname in line
+    assert os.stat(first.socketname).st_ino == inode
+    with mta.Wire(first.socketname) as wire:
+        assert wire.connect("192.0.2.9", 1) == [("continue",)]
+
+
+def test_a_socket_left_over_from_a_kill_is_cleaned_up(make_milter: Callable) -> None:
+    """The next start just works."""
+    milter = make_milter().start()
+    milter.kill()
+    assert os.path.exists(milter.socketname) and not milter.accepts()
+    milter.start()
+    assert milter.accepts()
+
+
+def test_a_socket_of_another_kind_is_left_alone(make_milter: Callable) -> None:
+    """Some other program's: a datagram socket that is in use."""
+    milter = make_milter()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(milter.socketname)
+        assert milter.run() != 0
+        (line,) = milter.lines()
+        assert "ERROR" in line and milter.socketname in line
+        assert os.path.exists(milter.socketname)
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_the_service_manager_is_told_when_the_socket_accepts(abstract: bool, make_milter: Callable,
+                                                             directory: pathlib.Path) -> None:
+    """READY=1 comes once, and not before a connection can be made."""
+    name = f"{directory}/notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(20)
+        manager.bind("\0" + name if abstract else name)
+        if not abstract:
+            os.chmod(name, 0o777)
+        milter = make_milter(env={"NOTIFY_SOCKET": "@" + name if abstract else name}).start(wait=False)
+        assert manager.recv(100) == b"READY=1"
+        assert milter.accepts()
+
+
+def test_a_service_manager_that_is_gone_stops_nothing(make_milter: Callable) -> None:
+    """Nor is it a traceback."""
+    milter = make_milter(env={"NOTIFY_SOCKET": "/no/such/socket"}).start()
+    milter.wait_lines("listening")
+    with mta.Wire(milter.socketname) as wire:
+        assert wire.connect("192.0.2.9", 1) == [("continue",)]
+    assert milter.stop() == 0
+    assert not milter.lines("Traceback")
+
+
+# --- what it takes to run -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("missing, there", [("Milter", "psutil*"), ("psutil", "[Mm]ilter*")])
+def test_a_missing_package_is_one_line_that_names_it(missing: str, there: str, directory: pathlib.Path) -> None:
+    """And says what to install, instead of a traceback."""
+    packages = pathlib.Path(subprocess.run([mta.PYTHON, "-c", "import psutil; print(psutil.__path__[0])"],
+                                           capture_output=True, text=True, check=True).stdout.strip()).parent
+    for path in glob.glob(f"{packages}/{there}"):
+        (directory / os.path.basename(path)).symlink_to(path)
+    ended = subprocess.run([mta.PYTHON, "-S", str(mta.SCRIPT), "--version"], capture_output=True, text=True, check=False,
+                           env={"PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert ended.returncode == 78 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and f"'{missing}'" in ended.stderr and "pymilter" in ended.stderr
+
+
+def test_a_python_that_is_too_old_is_one_line() -> None:
+    """As far as a newer one can show: the line comes before anything else, and an older one can read the file."""
+    code = f"import runpy, sys; sys.version_info = (3, 8, 18); runpy.run_path({str(mta.SCRIPT)!r}, run_name='__main__')"
+    ended = subprocess.run([mta.PYTHON, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode != 0 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and "needs Python 3.9 or newer" in ended.stderr
+    ast.parse(mta.SCRIPT.read_text(), feature_version=(3, 7))
+
+
+@pytest.mark.parametrize("args, status, said", [(["--version"], 0, "1."), (["--help"], 0, "--check"),
+                                                (["--nonsense"], 2, "usage:"), (["positional"], 2, "usage:")])
+def test_the_command_line_is_what_the_help_says(args: list[str], status: int, said: str, make_milter: Callable) -> None:
+    """Nothing else is taken, and nothing is started."""
+    milter = make_milter(args=args)
+    assert milter.run() == status
+    assert said in milter.log() and not os.path.exists(milter.socketname)
