@@ -19,37 +19,39 @@ and it promises nothing against root. README.md has the whole list.
 import sys
 
 if sys.version_info < (3, 9):
-    sys.exit("milter_sysuser: needs Python 3.9 or newer, this is " + sys.version.split()[0])
+    sys.stderr.write("milter_sysuser: needs Python 3.9 or newer, this is %s\n" % sys.version.split()[0])
+    sys.exit(78)
 
-import argparse  # noqa: E402  (after the line that tells an old Python apart)
-import ctypes  # noqa: E402
-import functools  # noqa: E402
-import grp  # noqa: E402
-import ipaddress  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import pwd  # noqa: E402
-import queue  # noqa: E402
-import re  # noqa: E402
-import resource  # noqa: E402
-import select  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import stat  # noqa: E402
-import struct  # noqa: E402
-import subprocess  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from collections import OrderedDict  # noqa: E402
-from concurrent.futures import Future, TimeoutError as LateError  # noqa: E402
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional  # noqa: E402
+import argparse
+import ctypes
+import errno
+import functools
+import grp
+import ipaddress
+import itertools
+import json
+import os
+import pwd
+import queue
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import threading
+import time
+import traceback
+from collections import OrderedDict, deque
+from concurrent.futures import Future, TimeoutError as LateError, wait as wait_for
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional
 
 try:
-    import Milter  # noqa: E402
-    import psutil  # noqa: E402
+    import Milter
+    import psutil
 except ImportError as missing:
     sys.stderr.write("milter_sysuser: %s: install pymilter and psutil "
                      "(Debian: python3-milter python3-psutil)\n" % missing)
@@ -70,7 +72,8 @@ socketname = "/var/spool/postfix/private/milter.sock"
 timeout = 600
 
 # The user to become when started as root, for good; the user the MTA's smtpd runs as. Already being that user
-# is fine. None: stay as started, which for root means root in the process that faces the mail.
+# is fine. None: stay as started, which for root means root in the process that faces the mail, and a socket that
+# only root may connect to.
 run_as_user = "postfix"
 
 # Who may not send mail: user names, numeric uids, "@group" for everyone in a group.
@@ -125,6 +128,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
 MOST_FORGED = 100  # removing n headers takes the MTA n * n steps
 HELPER_SECONDS = 0.3  # what a connection waits at most for its description, its turn included
+MOST_WAITING = 1000  # questions that the helper has taken and not answered yet
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 150_000  # what one search may cost; a link is read in about 1 us
 HOT_SECONDS = 2.0  # how long a user whose search ran over that waits for the next, so that others get theirs
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; one argument may be 128 KiB
@@ -140,7 +144,7 @@ MOST_FILE_BYTES = 1 << 20
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
 INET_DIAG_INFO, INET_DIAG_CGROUP_ID = 2, 21
-TCPI_BYTES_SENT = 200  # offset in struct tcp_info, Linux 4.19
+TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, Linux 4.1 and 4.19
 # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: the states in which a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
 LOOPBACK = 1  # LOOPBACK_IFINDEX in net/flow.h: the index of lo, in every network namespace
@@ -176,6 +180,7 @@ class Diag(NamedTuple):
     cookie: int  # the kernel's number of this one socket, never used again
     cgroup: int  # inode number of the cgroup v2 directory; 0 where the kernel does not say (before 5.8)
     sent: Optional[int]  # bytes; None where the kernel does not say
+    read: int = 0  # bytes that were received and that a process has taken
 
 
 class Owner(NamedTuple):
@@ -185,8 +190,10 @@ class Owner(NamedTuple):
     why: str = ""  # one word, where uid is None
     inode: int = 0  # 0: no process has it open any more
     cgroup: int = 0
-    cookie: Any = None
+    cookie: Any = None  # see Diag
+    server: Endpoint = Endpoint(b"", 0)  # the other end
     interface: int = 0  # the index under which the kernel found it
+    read: int = 0  # bytes the MTA had read from the connection when this was asked
     holder: Optional[psutil.Process] = None  # only where there is no sock_diag
 
 
@@ -250,10 +257,9 @@ def quote(value: Any) -> str:
     if len(data) <= VALUE_CHARACTERS and BARE.fullmatch(data):
         return data.decode()
     pieces = [escape(b"\\" + bytes([b]) if b in b'"\\' else bytes([b])) for b in data[:VALUE_CHARACTERS + 1]]
-    if sum(map(len, pieces)) > VALUE_CHARACTERS:
-        while sum(map(len, pieces)) > VALUE_CHARACTERS - 3:
-            pieces.pop()
-        pieces.append("...")
+    lengths = list(itertools.accumulate(map(len, pieces)))
+    if lengths and lengths[-1] > VALUE_CHARACTERS:
+        pieces = [piece for piece, length in zip(pieces, lengths) if length <= VALUE_CHARACTERS - 3] + ["..."]
     return '"' + "".join(pieces) + '"'
 
 
@@ -309,21 +315,22 @@ def diag_replies(data: bytes) -> Iterator[Optional[Diag]]:
 def diag_message(body: bytes) -> Diag:
     """Read one struct inet_diag_msg with its attributes."""
     family, state, sport, dport, source, destination, _, cookie = struct.unpack_from("=BB2x2s2s16s16sIQ", body)
-    uid, inode = struct.unpack_from("=II", body, 64)
+    unread, _, uid, inode = struct.unpack_from("=IIII", body, 56)
     mapped = b"\0" * 10 + b"\xff\xff"
     ends = []
     for address, port in ((source, sport), (destination, dport)):
         short = address[:4] if family == socket.AF_INET else address[12:] if address.startswith(mapped) else address
         ends.append(Endpoint(short, int.from_bytes(port, "big")))
-    cgroup, sent, at = 0, None, 72
+    cgroup, sent, received, at = 0, None, 0, 72
     while at + 4 <= len(body):
         length, kind = struct.unpack_from("=HH", body, at)
         if kind == INET_DIAG_CGROUP_ID:
             cgroup = struct.unpack_from("=Q", body, at + 4)[0]
         elif kind == INET_DIAG_INFO and length >= 4 + TCPI_BYTES_SENT + 8:
             sent = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_SENT)[0]
+            received = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0]
         at += max((length + 3) & ~3, 4)
-    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, sent)
+    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, sent, received - unread)
 
 
 def unit_of(cgroups: str) -> Optional[str]:
@@ -353,7 +360,7 @@ def is_blocked(person: Person, uid: Optional[int], entries: Entries) -> Optional
     """
     if person.uid in entries.uids or uid in entries.uids or person.name in entries.names or person.gid in entries.gids:
         return True
-    doubtful = person.name is None and (entries.unresolved or not person.settled) and (entries.names or entries.gids)
+    doubtful = person.name is None and (entries.unresolved or entries.gids or not person.settled) and any(entries)
     return None if doubtful else False
 
 
@@ -495,8 +502,11 @@ def say(level: int, text: str) -> None:
     What strangers control in it has been quoted before. A full disk or a closed pipe must not reach the mail.
     """
     stamp = f"<{level}>" if "JOURNAL_STREAM" in os.environ else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
+    ready = select.poll()
+    ready.register(2, select.POLLOUT)
     try:
-        os.write(2, (stamp + text + "\n").encode("utf-8", "backslashreplace"))
+        if ready.poll(0):  # else nobody reads, and the line is lost
+            os.write(2, (stamp + text + "\n").encode("utf-8", "backslashreplace"))
     except OSError:
         pass
 
@@ -523,7 +533,7 @@ complain = Complaints()
 
 def report_exception(kind: Any, error: Any, trace: Any) -> None:
     """Log a traceback; pymilter's own, from bytes it could not decode, come here as sys.excepthook."""
-    if complain("a callback failed, its mail goes on as unidentified", kind.__name__):
+    if complain(f"a callback failed: {kind.__name__}"):
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             say(ERROR, "  " + escape(line.encode("utf-8", "backslashreplace")))
 
@@ -538,14 +548,14 @@ def sock_diag(request: bytes) -> list[Diag]:
     found: list[Diag] = []
     netlink = LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
     try:
-        answer = ctypes.create_string_buffer(16384)
+        answer = ctypes.create_string_buffer(16384 if struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP else 2048)
         if netlink < 0 or LIBC.send(netlink, request, len(request), 0) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         while True:
             length = LIBC.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT)
             if length < 0:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            for reply in diag_replies(answer.raw[:length]):
+            for reply in diag_replies(answer[:length]):
                 if reply is None:
                     return found
                 found.append(reply)
@@ -595,9 +605,9 @@ def is_local(address: bytes) -> bool:
                 probe.bind((text, 0) if family == socket.AF_INET else (text, 0, 0, scope))
                 return True
             except OSError as error:
-                if error.errno == 98:  # EADDRINUSE: no port is free, but the address is ours
+                if error.errno == errno.EADDRINUSE:  # no port is free, but the address is ours
                     return True
-                if error.errno not in (22, 99):  # EINVAL, EADDRNOTAVAIL
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EINVAL):
                     raise
     return False
 
@@ -626,18 +636,18 @@ def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
     accepted = find_socket(server, client, interface)
     if accepted is None or not accepted.inode:  # the MTA has accepted the one it asks about: this is a later one
         return Owner(None, "reused")
-    return Owner(diag.uid, "", diag.inode, diag.cgroup, (server, diag.cookie), interface)
+    return Owner(diag.uid, "", diag.inode, diag.cgroup, diag.cookie, server, interface, accepted.read)
 
 
 def same_socket(client: Endpoint, owner: Owner) -> str:
     """Ask again, when the message is complete; give the reason why the owner must not be believed, or ""."""
-    server, cookie = owner.cookie
-    diag = find_socket(client, server, owner.interface)
-    if diag is None:
+    diag = find_socket(client, owner.server, owner.interface)
+    if diag is None or diag.sent is None:  # or nothing is left of it but the kernel's waiting for the end of its time
         return "closed"
-    # One that has taken its place has another cookie; one that took its place before the first look is still
-    # waiting to be accepted, and has sent nothing: the MTA does not greet before the milter has seen it.
-    return "" if diag.cookie == cookie and diag.sent else "reused"
+    # One that has taken its place has another cookie. From one that took its place before the first look the MTA has
+    # read nothing since: it waits for the milter to see that one, too, and then both are known to be shared.
+    accepted = find_socket(owner.server, client, owner.interface)
+    return "" if diag.cookie == owner.cookie and accepted and accepted.read > owner.read else "reused"
 
 
 def find_owner_psutil(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
@@ -652,13 +662,13 @@ def find_owner_psutil(client: Endpoint, server: Optional[Endpoint]) -> Optional[
             if pid is None:  # psutil.Process(None) would be this process
                 return Owner(None, "not-permitted")
             holder = psutil.Process(pid)
-            return Owner(holder.uids().effective, "", 0, 0, (server, client, pid), 0, holder)
+            return Owner(holder.uids().effective, "", 0, 0, (client, pid), server, 0, 0, holder)
     return Owner(None, "closed") if is_local(client.address) else None
 
 
 def same_socket_psutil(client: Endpoint, owner: Owner) -> str:
     """Do what same_socket does where there is no sock_diag."""
-    again = find_owner_psutil(client, owner.cookie[0])
+    again = find_owner_psutil(client, owner.server)
     return "" if again and again.cookie == owner.cookie else "reused"
 
 
@@ -752,9 +762,8 @@ def find_person(uid: int) -> Optional[Person]:
     person, owners = by_uid(uid), delegated_to(uid)
     if not owners:
         return person
-    found = {by_uid(entry.pw_uid if entry else int(owner) if owner.isdigit() else uid)
-             for owner, entry in ((owner, account(owner)) for owner in owners)}
-    return found.pop() if len(found) == 1 and person.name is None else None
+    uids = {int(owner) if owner.isdigit() else getattr(account(owner), "pw_uid", None) for owner in owners}
+    return by_uid(uids.pop()) if len(uids) == 1 and None not in uids and person.name is None else None
 
 
 def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
@@ -816,13 +825,13 @@ class Directory:
                 self.people.popitem(last=False)
             return future, last
 
-    def person(self, uid: int) -> Optional[Person]:
-        """Say who has a uid; None if it could be either of two; a slow directory gives the number."""
+    def person(self, uid: int, seconds: float = NAME_SECONDS) -> Optional[Person]:
+        """Say who has a uid; None if it could be either of two; a directory that takes longer gives the number."""
         future, last = self.ask(uid)
         if future is None:
             return last
         try:
-            new: Optional[Person] = future.result(0 if last is None or last.settled else NAME_SECONDS)
+            new: Optional[Person] = future.result(0 if last is None or last.settled else seconds)
         except (LateError, OSError, ValueError):
             return last
         return last if new and new.name is None and last and last.name else new
@@ -841,7 +850,7 @@ class BlockList:
     def now(self) -> Entries:
         """Give the list as it is at this moment; waits only just after the directory was asked, and not long."""
         with self.lock:
-            if self.future and self.future.done():
+            if self.future and self.future.done() and not self.future.exception():
                 self.entries = self.future.result()
             if self.path and self._reread() or self.future is None:  # what is written out counts at once
                 self.entries = merge(self.found.get(entry, literal(entry)) for entry in self.fixed + self.from_file)
@@ -853,10 +862,8 @@ class BlockList:
                 except queue.Full:
                     return self.entries  # asked again for the next message
             future, last, wait = self.future, self.entries, self.asked + NAME_SECONDS - time.monotonic()
-        try:
-            return future.result(max(0.0, wait))  # type: ignore[no-any-return]
-        except LateError:
-            return last
+        wait_for([future], max(0.0, wait))
+        return future.result() if future.done() and not future.exception() else last
 
     def _resolve(self, entries: list[Any]) -> Entries:
         resolved = resolve(entries, self.found)
@@ -874,7 +881,7 @@ class BlockList:
             if signature == self.signature:
                 return False
             # A file written in this very moment may change again without its time stamp telling.
-            self.signature = signature if time.time() - status.st_ctime > 1 else None
+            self.signature = signature if abs(time.time() - status.st_ctime) > 1 else None
             entries, self.problem = read_entries(self.path, self.owner), ""
         except (OSError, ValueError) as error:
             if str(error) != self.problem:
@@ -944,6 +951,13 @@ class Finder:
         self.hot = {hot: until for hot, until in self.hot.items() if until > now}
         self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
         target = f"socket:[{inode}]"
+        facts = self._search(uid, target, cgroup)
+        if facts.get("why") == "gone":  # whoever was found has ended meanwhile, but another may have it still
+            again = self._search(uid, target, cgroup)
+            facts = facts if "why" in again else again
+        return facts
+
+    def _search(self, uid: int, target: str, cgroup: int) -> Facts:
         try:
             link = self._first(uid, target, cgroup)
             if link is None:
@@ -1005,6 +1019,7 @@ class Finder:
         return found
 
     def _link(self, table: str, target: str) -> Optional[str]:
+        self._spend()
         try:
             with os.scandir(table) as entries:
                 for entry in entries:
@@ -1017,13 +1032,16 @@ class Finder:
         return None
 
     def _is(self, link: str, target: str) -> bool:
-        self.links -= 1
-        if self.links < 0 or self.links % 64 == 0 and time.monotonic() > self.deadline:
-            raise BusyError
+        self._spend()
         try:
             return os.readlink(link) == target
         except OSError:
             return False
+
+    def _spend(self) -> None:
+        self.links -= 1
+        if self.links < 0 or self.links % 64 == 0 and time.monotonic() > self.deadline:
+            raise BusyError
 
 
 def owner_of(pid: int) -> Optional[int]:
@@ -1109,9 +1127,10 @@ def read_args(process: int) -> Optional[str]:
 def cgroup_mount() -> Optional[int]:
     """Open the place where cgroup v2 is mounted; None if it is not."""
     try:
-        for line in read_file("/proc/self/mounts").splitlines():
-            if line.split()[2] == "cgroup2":
-                return os.open(line.split()[1], os.O_RDONLY | os.O_DIRECTORY)
+        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                if line.split()[2] == "cgroup2":
+                    return os.open(line.split()[1], os.O_RDONLY | os.O_DIRECTORY)
     except (OSError, IndexError):
         pass
     return None
@@ -1140,16 +1159,27 @@ QUESTION = struct.Struct("=QIQQ")  # number, uid, inode, cgroup; the answer is J
 
 
 def serve(channel: socket.socket, finder: Finder) -> None:
-    """Answer questions until the milter's end of the channel is closed; what is not a question is not answered."""
+    """Answer questions until the milter's end of the channel is closed; what is not a question is not answered.
+
+    One that nobody waits for any more is not searched for: or many at once would hold up the next for seconds.
+    """
+    waiting: deque[tuple[float, bytes]] = deque()
     while True:
-        data = channel.recv(QUESTION.size + 1)
-        if not data:
-            return
-        if len(data) != QUESTION.size:
-            continue
+        while len(waiting) < MOST_WAITING:
+            try:
+                data = channel.recv(QUESTION.size + 1, socket.MSG_DONTWAIT if waiting else 0)
+            except BlockingIOError:
+                break
+            if not data:
+                return
+            if len(data) == QUESTION.size:
+                waiting.append((time.monotonic(), data))
+        came, data = waiting.popleft()
         number, uid, inode, cgroup = QUESTION.unpack(data)
+        late = time.monotonic() - came > HELPER_SECONDS
+        facts = {"why": "busy"} if late else finder.answer(uid, inode, cgroup)
         try:
-            channel.send(json.dumps({"number": number, **finder.answer(uid, inode, cgroup)}).encode(), socket.MSG_DONTWAIT)
+            channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass  # a milter that does not read its answers does without
 
@@ -1259,7 +1289,7 @@ class Describer:
                 channel.send(QUESTION.pack(number, owner.uid, owner.inode, owner.cgroup), socket.MSG_DONTWAIT)
             elif self.lsof:
                 seconds = LSOF_SECONDS
-                self.workers.submit(lambda: self._settle(number, ask_lsof(owner)))
+                self.workers.submit(self._ask_lsof, number, owner)
             else:
                 why = "no-helper"
         except (BlockingIOError, queue.Full):
@@ -1269,6 +1299,14 @@ class Describer:
         if why:
             self._settle(number, {"why": why})
         return Question(number, time.monotonic() + seconds)
+
+    def _ask_lsof(self, number: int, owner: Owner) -> None:
+        facts: Facts = {"why": "error"}
+        try:
+            facts = ask_lsof(owner)
+        except OSError as error:  # no process, no descriptor, no sudo
+            complain("lsof could not be run", str(error))
+        self._settle(number, facts)
 
     def wait(self, question: Question) -> Facts:
         """Give the description, or why there is none, before the deadline."""
@@ -1400,7 +1438,7 @@ class Claims:
             other = self.live.setdefault(cookie, connection)
             if other is not connection:
                 other.shared = connection.shared = True
-            if cookie in self.past:
+            if cookie in self.past and isinstance(cookie, int):  # psutil's cookies come again
                 connection.shared = True
 
     def release(self, cookie: Any, connection: "SysuserMilter") -> None:
@@ -1502,12 +1540,17 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-        self.write_log(verdict, sender)
-        try:
-            return self.act(verdict, sender)
-        except Milter.error as error:  # the MTA has gone, its mail with it
-            complain("the MTA did not take an answer", str(error))
-            return int(Milter.CONTINUE)
+            if any(is_blocked(suspect, sender.uid, self.block_list.entries) for suspect in sender.suspects):
+                verdict = blocked(sender.suspects[0])
+        answer = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}.get(verdict.action, Milter.CONTINUE)
+        for step in (self.act, self.write_log):
+            try:
+                step(verdict, sender)
+            except Milter.error as error:  # the MTA has gone, its mail with it
+                complain("the MTA did not take an answer", str(error))
+            except Exception:
+                report_exception(*sys.exc_info())
+        return int(answer)
 
     def close(self) -> int:
         """Give the socket back."""
@@ -1528,7 +1571,9 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             why = "error"
         facts = self.describer.wait(self.question) if self.question else {}
         person = self.directory.person(owner.uid)
-        holders = [self.directory.person(uid) or Person(uid) for uid in facts.get("holders", ()) if uid != owner.uid]
+        deadline = time.monotonic() + NAME_SECONDS
+        holders = [self.directory.person(uid, max(0.0, deadline - time.monotonic())) or Person(uid)
+                   for uid in facts.get("holders", ()) if uid != owner.uid]
         stranger = next((holder for holder in holders if not person or holder.uid != person.uid), None)
         if person is None:  # a delegated uid that is an account, too
             why = why or "error"
@@ -1549,7 +1594,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         answers = [is_blocked(suspect, sender.uid, entries) for suspect in sender.suspects]
         if True in answers:
             return blocked(sender.suspects[answers.index(True)])
-        if sender.person is None or None in answers:
+        if sender.person is None or None in answers and unidentified_action != "accept":
             return unidentified()
         limit = self.limits.take(sender.person, self.recipients, blocked_action in REFUSALS)
         return over_limit(sender.person, limit) if limit is not None else passed()
@@ -1567,11 +1612,11 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             pairs += [("holder", sender.holder.name or sender.holder.uid)] if sender.holder else []
         say(INFO, f"{self.getsymval('i') or '?'}: {' '.join(key_values(pairs))}")
 
-    def act(self, verdict: Verdict, sender: Sender) -> int:
+    def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""
         if verdict.action in REFUSALS:
             self.setreply(*REFUSALS[verdict.action], verdict.text.replace("%", "\\x25"))
-            return int(Milter.REJECT if verdict.action == "reject" else Milter.TEMPFAIL)
+            return
         for index in range(len(self.forged), 0, -1):
             self.chgheader(self.forged[index - 1], index, "")
         if self.owner and header_fields:
@@ -1580,7 +1625,6 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             self.addheader(header_name, fold(words, len(header_name) + 2))
         if verdict.action == "quarantine":
             self.quarantine(verdict.text)
-        return int(Milter.CONTINUE)
 
 
 def sender_values(sender: Sender) -> Facts:
@@ -1692,11 +1736,16 @@ def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
                "run this as root" + (", with CAP_SETUID" if privileged else ""))
         report("programs: sudo lsof", "" if allowed else "not allowed", LSOF_CURE)
         return
-    began = time.perf_counter()
-    owner = find_owner(*stranger[:2])
-    took = (time.perf_counter() - began) * 1e6
-    wrong = not owner or owner.uid != stranger[2]
-    report(f"users: another user's connection, {took:.0f} us", f"not found: {owner}" if wrong else "",
+    for _ in range(5):  # one that is not ours can end meanwhile
+        began = time.perf_counter()
+        owner = find_owner(*stranger[:2])
+        took = (time.perf_counter() - began) * 1e6
+        wrong = not owner or owner.uid != stranger[2]
+        if not wrong:
+            break
+        stranger = stranger_connection() or stranger
+    report(f"users: another user's connection, {took:.0f} us",
+           f"not found ({owner.why or 'wrong uid' if owner else 'taken for remote'})" if wrong else "",
            "run this again; in a unit or container, give it the host's network and users", wrong)
     if not owner or wrong:
         return
@@ -1750,6 +1799,9 @@ def check_postfix(report: Report) -> None:
                       kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
             report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
                    "allow it to addresses only that users of this host cannot have, on a port of its own")
+        elif value and kind == "smtpd_proxy_filter":
+            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
+                   "give local clients a listener with content_filter instead; see README, Content filters")
 
 
 def may_be_local(hosts: str) -> bool:
@@ -1776,8 +1828,10 @@ def check(problems: list[str]) -> int:
         check_postfix(report)
         try:
             check_lookups(report, account(run_as_user))
+            if blocked_mailusers_file:  # now as the user the milter will be
+                read_entries(blocked_mailusers_file, os.geteuid())
         except OSError as error:
-            report("users and programs", str(error), "allow CAP_SETUID and CAP_SETGID, to become run_as_user", True)
+            report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and this user to read what it needs", True)
     return EX_CONFIG if report.failed else 0
 
 
@@ -1843,9 +1897,9 @@ def prepare(user: Optional[pwd.struct_passwd]) -> None:
 
 def run() -> int:
     """Serve the MTA until told to stop; give the exit status."""
-    problem = start_problem()
-    if not problem and kernel_problem():
-        say(WARNING, f"{kernel_problem()}: psutil is used, which names the holder of a socket for its owner")
+    problem, lack = start_problem(), kernel_problem()
+    if lack:
+        say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
         SysuserMilter.find_owner = staticmethod(find_owner_psutil)
         SysuserMilter.same_socket = staticmethod(same_socket_psutil)
     if problem:

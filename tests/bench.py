@@ -121,7 +121,7 @@ for _ in range(rounds):
     began = time.perf_counter()
     bare = subprocess.run(command + ["-p", str(pid)], stdin=subprocess.DEVNULL, capture_output=True)
     samples["bare"].append(time.perf_counter() - began)
-print(json.dumps({**samples, "ok": [facts.get("pid") == pid or facts.get("why"), bare.returncode == 0 and b"TCP" in bare.stdout]}))
+print(json.dumps({**samples, "ok": [facts.get("pid") == pid or facts.get("why"), b"TCP" in bare.stdout]}))
 '''
 
 # What the milter is compared with: the least that adds a header.
@@ -167,7 +167,7 @@ def number(value: Any) -> str:
     """Write a number with three digits that count; a word as it is."""
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 @contextlib.contextmanager
@@ -282,7 +282,9 @@ def by_output(command: list[str], sender: Client, pattern: str) -> bool:
 def by_sudo(m: Any, directory: str, sender: Client, rounds: int) -> dict[str, Any]:
     """Measure the way through sudo and lsof as postfix, next to sudo and lsof alone; without a rule, as root."""
     ruled = SUDOERS.exists()
-    names = ("through sudo lsof", "bare: sudo -n lsof -p PID") if ruled else ("through lsof, as root", "bare: lsof -p PID")
+    names = ["through lsof, as root", "bare: lsof -p PID"]
+    if ruled:
+        names = ["through sudo lsof", "bare: sudo -n lsof -p PID"]
     arguments = [directory, sender.owner.uid, sender.owner.inode, sender.pid, rounds,
                  json.dumps(["sudo", "-n", LSOF] if ruled else [LSOF])]
     run = mta.run_as("postfix" if ruled else "root", [mta.PYTHON, "-Bc", BY_LSOF, *map(str, arguments)], timeout=300)
@@ -356,7 +358,7 @@ def lookup_tables(title: str, code: str, sizes: Iterable[int], quick: bool, dire
     rows = [(name, *(number(result[name]) for result in results), *(
         "-" if isinstance(result[name], str) or isinstance(results[0][name], str) else
         number(result[name] / results[0][name]) for result in results[1:])) for name in results[0]]
-    notes = ["medians in us, the kernel's answer included; then how many times the first column. A word: why it failed."]
+    notes = ["medians in us, the kernel's answer included; then how many times the first column; a word: why not"]
     if "no-cgroup" in results[0].values():
         notes.append("no-cgroup: there is no cgroup v2 that can be written to here")
     if not SUDOERS.exists():
@@ -471,8 +473,9 @@ def throughput(quick: bool) -> None:
             table(f"Messages a second through Postfix: smtp-source {' '.join(options)}, {load}",
                   ["/s", "of null", "CPU: milter", "all", "more than null"], rows)
         unknown, total = len(milter.lines("lookup=")), len(milter.lines("action="))
-    print(f"  {messages:,} messages at a time (original: {few:,}), {rounds} times each, taking turns; of null: the median of\n"
-          "  the rounds' ratios; null: a pymilter that adds a constant header; original: lsof -nPi for every connection;\n"
+    print(f"  {messages:,} messages at a time (original: {few:,}), {rounds} times each, taking turns.\n"
+          "  of null: the median of the rounds' ratios; null: a pymilter that adds a constant header\n"
+          "  original: lsof -nPi for every connection, as the script of 2013 did\n"
           "  CPU: us a message, of the milter with its helper, and of Postfix, smtp-source and milter together\n"
           f"  ours named user and program for {total - unknown:,} of {total:,} messages")
 
@@ -480,20 +483,20 @@ def throughput(quick: bool) -> None:
 def steps(quick: bool) -> None:
     """Show from the negotiated protocol what each milter is told, and what it has to answer."""
     del quick
-    words = {"C": "connect", "H": "helo", "M": "mail", "R": "rcpt", "T": "data", "L": "header", "N": "eoh", "B": "body",
-             "U": "unknown", "E": "eom"}
-    with milters() as (postfix, _, pids):
+    words = dict(zip("CHMRTLNBUE", "connect helo mail rcpt data header eoh body unknown eom".split()))
+    with milters() as (postfix, _, _):
         said = {}
         for name, path in ("null", "null.sock"), ("ours", "milter.sock"):
             with mta.Wire(f"{postfix.directory}/queue/private/{path}") as wire:
-                said[name] = {step: "not sent" if wire.protocol & mta.STEPS[step][0] else
-                              "sent, no answer" if wire.protocol & mta.STEPS[step][1] else "round trip" for step in words}
+                said[name] = {step: "not sent" if wire.protocol & unwanted else
+                              "sent, no answer" if wire.protocol & silent else "round trip"
+                              for step, (unwanted, silent) in mta.STEPS.items()}
                 said[name]["bits"] = f"{wire.protocol:#x}"
     rows = [(word, said["null"][step], said["ours"][step]) for step, word in words.items()]
     trips = [sum(value == "round trip" for value in one.values()) + 1 for one in said.values()]
     table("What is said between MTA and milter", ["null", "ours"],
-          [("negotiation", "round trip", "round trip"), *rows, ("protocol bits", said["null"]["bits"], said["ours"]["bits"]),
-           ("round trips in all", *trips)])
+          [("negotiation", "round trip", "round trip"), *rows, ("round trips in all", *trips),
+           ("protocol bits", said["null"]["bits"], said["ours"]["bits"])])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -534,7 +537,7 @@ def memory(quick: bool) -> None:
               f"after {messages:,}": messages // 2}
     rows = []
     with mta.Postfix(discard=True) as postfix, mta.Milter(postfix) as milter:
-        pids = {"milter": milter.pid, **{"helper": pid for pid in milter.helper_pids()}}
+        pids = {"milter": milter.pid, **dict(zip(["helper"], milter.helper_pids()))}
         for stage, n in stages.items():
             if n:
                 send(postfix, postfix.port, n, "-s", "10")

@@ -580,9 +580,10 @@ class Clients:
 
     def wires(self, milter: Milter) -> Iterator[Wire]:
         """Announce the connections to the milter, one after the other."""
-        for _, address in self.accepted:
+        for sock, address in self.accepted:
             wire = Wire(milter.socketname)
             wire.connect(*address, daemon_addr="127.0.0.1", daemon_port=str(self.port))
+            sock.recv(100)  # as an MTA does, after the milter has seen the client
             yield wire
 
     def send(self, milter: Milter) -> list[str]:

@@ -558,7 +558,7 @@ def test_a_client_that_has_left_is_never_root(site: Site, end: str) -> None:
     """What the kernel says of a socket without an owner is uid 0 and inode 0."""
     said = hasty(site, end)
     assert said.user in NOT_ALICE and said.program == "?", said
-    assert said.user == "mst-alice" or said.lookup == "closed", said
+    assert said.user == "mst-alice" or said.lookup in ("closed", "reused"), said
 
 
 def victim(site: Site, code: str, port: Optional[int] = None, sends: bool = True) -> Any:
@@ -663,14 +663,14 @@ def test_no_race_for_the_endpoints_names_the_victim(site: Site, long: bool, busy
     load = subprocess.Popen(["smtp-source", "-s", "8", "-m", "100000", "-t", "x@example.net",
                              f"127.0.0.1:{site.postfix.port}"], stdin=subprocess.DEVNULL) if busy else None
     near, far = os.pipe()
-    bob = site.start(TAKER, str(near), user="mst-bob", port=site.fresh, pass_fds=[near])
-    alice = site.start("signal.alarm(0)" + RACER, str(far), port=site.fresh, pass_fds=[far])
+    bob = site.start("signal.alarm(400)" + TAKER, str(near), user="mst-bob", port=site.fresh, pass_fds=[near])
+    alice = site.start("signal.alarm(400)" + RACER, str(far), port=site.fresh, pass_fds=[far])
     os.close(near), os.close(far)
     try:
         for number in range(first, first + tries):
             alice.stdin.write(f"{number} {mta.free_port()}\n")
             alice.stdin.flush()
-            assert bob.stdout.readline(), bob.stderr.read() + alice.stderr.read()
+            assert bob.stdout.readline(), bob.stderr.read()
     finally:
         alice.stdin.close()
         bob.wait(60), alice.wait(60)
@@ -728,13 +728,32 @@ def script() -> Any:
     return module
 
 
-def test_a_pid_that_was_reused_before_it_is_described_is_noticed(script: Any) -> None:
-    """psutil remembers when the process began; another under that number is another."""
-    process = psutil.Process()
-    process._create_time -= 1  # what the number meant a second before
-    process._ident = (process.pid, process._create_time)
-    with pytest.raises(psutil.NoSuchProcess):
-        script.describe(process, frozenset({"program"}))
+def test_a_pid_that_was_reused_before_it_is_described_is_noticed(root: None, script: Any) -> None:
+    """A process ends after it was found, and another gets its number."""
+    last = pathlib.Path("/proc/sys/kernel/ns_last_pid")
+    if not os.access(last, os.W_OK):
+        pytest.skip("the next pid cannot be chosen here (ns_last_pid)")
+    for _ in range(200):  # other processes may take the number first
+        first = subprocess.Popen(["sleep", "60"])
+        process = os.open(f"/proc/{first.pid}", os.O_PATH | os.O_DIRECTORY)
+        first.kill(), first.wait()
+        try:
+            last.write_text(str(first.pid - 1))
+        except OSError as error:
+            os.close(process)
+            pytest.skip(f"the next pid cannot be chosen here: {error.strerror}")
+        second = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        try:
+            if second.pid == first.pid:
+                try:
+                    assert not script.describe(process, frozenset({"program", "exe", "dir", "unit"})).get("program")
+                except (OSError, psutil.Error):
+                    pass
+                return
+        finally:
+            os.close(process)
+            second.communicate()
+    pytest.skip("no process got the number of the one before in 200 tries")
 
 
 def test_a_socket_that_closed_between_finding_and_describing_is_gone(root: None, script: Any,
@@ -838,7 +857,7 @@ def test_a_fault_in_a_callback_is_logged_and_its_mail_is_unidentified(users: Any
             wire.connect(address, port, daemon_addr="127.0.0.1", daemon_port=str(server.getsockname()[1]))
             replies = wire.message()
         client.communicate()
-    assert replies[-1][0] == "reject" or replies[-1][1].startswith("550 5.7.1 "), (replies, milter.log())
+    assert replies[-1][0] in ("reject", "replycode"), (replies, milter.log())
     assert "RuntimeError: broken" in milter.log()
 
 
@@ -914,6 +933,7 @@ def serve():
 if os.fork() == 0:
     serve()
 file = os.open(ARGS[0] + "/mnt/x", os.O_RDONLY)
+os.set_inheritable(file, True)
 os.execv(sys.executable, [sys.executable, "-c", HANG, str(PORT), NAME, str(file), "x" * 20000])
 '''
 HANG = PROGRAM + r'''
@@ -947,11 +967,15 @@ def test_a_command_line_that_hangs_its_reader_harms_nobody(site: Site, sees_othe
             text = alice.stdout.readline()
             if not text.startswith("ready"):
                 pytest.skip("users may not mount FUSE here: " + alice.stderr.read()[-200:])
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(["cat", f"/proc/{alice.pid}/cmdline"], stdout=subprocess.DEVNULL, timeout=2, check=True)
+                pytest.skip("reading that command line does not hang here, so there is nothing to withstand")
             site.block("mst-alice")
             go_on(alice)
             line(alice, "550 5.7.1 User mst-alice is blocked")
             line(alice, "sent")
-            assert site.said(alice.name).user == "mst-alice"
+            said = site.said(alice.name)
+            assert (said.user, said.args) == ("mst-alice", "?")
             site.block()
             bob_is_served(site)
             mta.wait_for(lambda: site.attack("send(dial())", user="mst-bob").program == "python3", 20,

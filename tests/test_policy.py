@@ -45,6 +45,7 @@ class Session:
         self.wire = mta.Wire(milter.socketname)
         self.wire.connect(*self.client.getsockname(), daemon_addr="127.0.0.1",
                           daemon_port=str(self.listener.getsockname()[1]))
+        self.server.recv(100)  # as an MTA does, after the milter has seen the client
 
     def send(self, recipients: int = 1, **message: Any) -> str:
         """Pass a message; give its header's value, or the reply that refused it."""

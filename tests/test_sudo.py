@@ -218,9 +218,12 @@ def test_a_socket_that_none_of_the_owners_processes_has_is_not_found(rule: None,
         with held, listener:
             held.connect(listener.getsockname())
             held.sendall(b"EHLO")
+            accepted, _ = listener.accept()
             wire = mta.Wire(milter.socketname)
             wire.connect(*held.getsockname(), daemon_addr="127.0.0.1", daemon_port=str(listener.getsockname()[1]))
+            accepted.recv(100)
             assert mta.outcome(wire) == "user=mst-alice program=?"
+            accepted.close()
     assert len(milter.wait_lines("lookup=not-found")) == 1
 
 
@@ -233,11 +236,14 @@ def test_root_is_not_named_where_another_users_process_has_roots_socket(rule: No
         with mta.socket.create_server(("127.0.0.1", 0)) as listener:
             with mta.socket.create_connection(listener.getsockname()) as held:
                 held.sendall(b"EHLO")
+                accepted, _ = listener.accept()
                 process = mta.as_user(holder, ["cat"], pass_fds=[held.fileno()])
                 wire = mta.Wire(milter.socketname)
                 wire.connect(*held.getsockname(), daemon_addr="127.0.0.1", daemon_port=str(listener.getsockname()[1]))
+                accepted.recv(100)
                 header = mta.outcome(wire)
                 process.communicate()
+                accepted.close()
         return header
     # lsof asks about all processes, which may take it too long on a crowded machine
     mta.wait_for(lambda: send("root").startswith("user=root program="), 60, "root to be named")

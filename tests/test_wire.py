@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import contextlib
 import random
 import re
 import resource
 import socket
 import struct
-import threading
 import types
 from typing import Any, Callable, Iterator
 
@@ -54,8 +53,11 @@ class Connection:
     def announce(self, wire: mta.Wire, **options: Any) -> list[tuple]:
         """Tell the milter of this client as Postfix does, with what options say otherwise."""
         server = self.accepted.getsockname()[0]
-        return wire.connect(**{"address": self.address, "port": self.port, "daemon_addr": server,
-                               "daemon_port": str(self.server_port), **options})
+        replies = wire.connect(**{"address": self.address, "port": self.port, "daemon_addr": server,
+                                  "daemon_port": str(self.server_port), **options})
+        with contextlib.suppress(BlockingIOError):
+            self.accepted.recv(100, socket.MSG_DONTWAIT)  # an MTA reads when the milter has seen the client
+        return replies
 
 
 @pytest.fixture(scope="module")
