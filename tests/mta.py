@@ -568,7 +568,8 @@ class Clients:
     """Connections to a listener of ours that one process of a user holds, each to be announced to a milter once."""
 
     def __init__(self, user: str, number: int = 1) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=number)
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.listener.settimeout(30)
         self.port = self.listener.getsockname()[1]
         code = ("import socket, sys; port, n = map(int, sys.argv[1:])\n"
                 "held = [socket.create_connection(('127.0.0.1', port)) for _ in range(n)]\n"

@@ -140,8 +140,17 @@ class Load:
         mta.wait_for(lambda: self.delivered() >= goal, timeout, f"{more} more messages")
 
     def queued(self) -> bool:
-        """Say whether Postfix still has messages to deliver; they move from incoming to active."""
-        return any(next(os.scandir(self.postfix.directory / "queue" / name), None) for name in ("incoming", "active"))
+        """Say whether Postfix still has messages to deliver; they move from incoming to active.
+
+        A file without the execute bit is none yet: its client has gone before the message was complete (qmgr(8)).
+        """
+        def complete(entry: os.DirEntry) -> bool:
+            try:
+                return bool(entry.stat().st_mode & 0o100)
+            except FileNotFoundError:
+                return False
+        return any(complete(entry) for name in ("incoming", "active")
+                   for entry in os.scandir(self.postfix.directory / "queue" / name))
 
     def finish(self, timeout: float = 900) -> Row:
         """Have the clients come to an end, wait for the last delivery, and count."""
@@ -305,7 +314,8 @@ def hidepid(mail: Mail, path: pathlib.Path) -> Fault:
     need_mounts()
     mail.use(prefix=["unshare", "--mount", "sh", "-c", 'mount -t proc proc /proc; exec "$@"', "sh"])
     yield
-    subprocess.run(["nsenter", "-t", str(mail.milter.pid), "-m", "mount", "-o", "remount,hidepid=2", "/proc"],
+    assert os.stat(f"/proc/{mail.milter.pid}/root/proc").st_dev != os.stat("/proc").st_dev  # never the system's own
+    subprocess.run(["nsenter", "-t", str(mail.milter.pid), "-m", "-r", "mount", "-o", "remount,hidepid=2", "/proc"],
                    check=True)
     yield
     yield
