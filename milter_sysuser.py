@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="var-annotated"
 """Say which system user and which program sent each message that came in by SMTP to localhost.
 
 A milter for Postfix and Sendmail. Every message from a local SMTP client gets a header and a log line:
@@ -392,7 +393,7 @@ def settings_problems(values: dict[str, Any]) -> Iterator[str]:
             yield f"{name} = {values[name]!r}: must be one of " + ", ".join(map(repr, actions))
     header = values["header_name"]
     if not isinstance(header, str) or not re.fullmatch(r"[!-9;-~]{1,76}", header):
-        yield f"header_name = {header!r}: must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322, 2.2)"
+        yield f"header_name = {header!r}: must be 1 to 76 ASCII characters without blanks and colons (RFC 5322, 2.2)"
 
 
 def path_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -424,7 +425,7 @@ def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for problem in filter(None, map(entry_problem, values["blocked_mailusers"])):
             yield "blocked_mailusers", problem
     command = values["lsof_command"]
-    if not isinstance(command, list) or not all(isinstance(word, str) and word and "\0" not in word for word in command):
+    if not isinstance(command, list) or not all(isinstance(w, str) and w and "\0" not in w for w in command):
         yield "lsof_command", "must be a list of words, or []"
 
 
@@ -524,7 +525,7 @@ class Complaints:
             self.seen[text] = last, count + 1
             return False
         self.seen[text] = time.monotonic(), 0
-        say(ERROR, text + (f": {quote(detail)}" if detail else "") + (f" ({count} more like this before)" if count else ""))
+        say(ERROR, text + (f": {quote(detail)}" if detail else "") + (f" ({count} more before)" if count else ""))
         return True
 
 
@@ -555,7 +556,7 @@ def sock_diag(request: bytes) -> list[Diag]:
             length = LIBC.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT)
             if length < 0:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            for reply in diag_replies(answer[:length]):
+            for reply in diag_replies(ctypes.string_at(answer, length)):
                 if reply is None:
                     return found
                 found.append(reply)
@@ -619,15 +620,17 @@ def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
     """
     if server is None or not server.port or not any(server.address):
         server = own_end(client, server.port if server else 0)
+    if server is None:
+        return Owner(None, "closed") if is_local(client.address) else None
     # A socket bound to a device is found under that device's index only, any other under every index.
-    interface, diag = LOOPBACK, find_socket(client, server, LOOPBACK) if server else None
+    interface, diag = LOOPBACK, find_socket(client, server, LOOPBACK)
     if diag is None and not is_local(client.address):
         return None
-    for index, _ in socket.if_nameindex() if diag is None and server else ():
+    for index, _ in socket.if_nameindex() if diag is None else ():
         if diag is None:
             interface, diag = index, find_socket(client, server, index)
     if diag is None:
-        accepted = server and find_socket(server, client, 0)
+        accepted = find_socket(server, client, 0)
         return Owner(None, "redirected" if accepted and accepted.inode else "closed")
     if not diag.uid and not diag.inode:
         return Owner(None, "closed")  # an orphan: the kernel has forgotten whose it was
@@ -658,7 +661,7 @@ def find_owner_psutil(client: Endpoint, server: Optional[Endpoint]) -> Optional[
         ends = {near for near, far, _ in connections if far == client}
         server = ends.pop() if len(ends) == 1 else None
     for near, far, pid in connections:
-        if (near, far) == (client, server):
+        if server and (near, far) == (client, server):
             if pid is None:  # psutil.Process(None) would be this process
                 return Owner(None, "not-permitted")
             holder = psutil.Process(pid)
@@ -762,8 +765,8 @@ def find_person(uid: int) -> Optional[Person]:
     person, owners = by_uid(uid), delegated_to(uid)
     if not owners:
         return person
-    uids = {int(owner) if owner.isdigit() else getattr(account(owner), "pw_uid", None) for owner in owners}
-    return by_uid(uids.pop()) if len(uids) == 1 and None not in uids and person.name is None else None
+    uids = {int(owner) if owner.isdigit() else getattr(account(owner), "pw_uid", -1) for owner in owners}
+    return by_uid(uids.pop()) if len(uids) == 1 and -1 not in uids and person.name is None else None
 
 
 def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
@@ -778,7 +781,7 @@ def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
 
 
 def resolve(entries: list[Any], found: dict[Any, Entries]) -> Entries:
-    """Look a block list up; what is not found now counts as it was found last: a directory that is down unblocks nobody."""
+    """Look a block list up; what is not found counts as it was found last: a directory that is down unblocks nobody."""
     for entry in entries:
         try:
             found[entry] = resolve_entry(entry, found)
@@ -842,10 +845,12 @@ class BlockList:
 
     def __init__(self, fixed: list[Any], path: Optional[str], owner: int, workers: Workers) -> None:
         self.fixed, self.path, self.owner, self.workers = fixed, path, owner, workers
-        self.lock, self.signature, self.from_file = threading.Lock(), None, []  # type: ignore[var-annotated]
-        self.asked, self.entries, self.future = float("-inf"), Entries(), None  # type: ignore[var-annotated]
+        self.lock, self.asked, self.entries, self.problem = threading.Lock(), float("-inf"), Entries(), ""
+        self.signature: Optional[tuple[int, ...]] = None
+        self.future: Optional[Future[Entries]] = None
+        self.from_file: list[Any] = []
         self.found: dict[Any, Entries] = {}  # by entry, as the directory last had it
-        self.problem, self.unresolved = "", frozenset()  # type: ignore[var-annotated]
+        self.unresolved: frozenset[str] = frozenset()
 
     def now(self) -> Entries:
         """Give the list as it is at this moment; waits only just after the directory was asked, and not long."""
@@ -1011,7 +1016,7 @@ class Finder:
         yield from (f"/proc/{pid}/fd" for pid in others)
 
     def _strangers(self, target: str) -> set[int]:
-        """Give the uids other than root that have the socket open, real ones of setuid programs too: see handed_down."""
+        """Give the uids other than root's that have the socket, real ones of setuid programs too: see handed_down."""
         found: set[int] = set()
         for pid in psutil.pids():
             if any(self._link(table, target) for table in itertools.chain([f"/proc/{pid}/fd"], thread_tables(pid))):
@@ -1111,7 +1116,8 @@ def read_args(process: int) -> Optional[str]:
     child = os.fork()
     if child == 0:
         try:
-            os.write(far, read_file("cmdline", process)[:FACT_BYTES].replace("\0", " ").encode("utf-8", "surrogateescape"))
+            words = read_file("cmdline", process)[:FACT_BYTES].replace("\0", " ")
+            os.write(far, words.encode("utf-8", "surrogateescape"))
         finally:
             os._exit(0)
     os.close(far)
@@ -1506,19 +1512,19 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             complain("the owner of a connection could not be asked for", str(error))
             return Owner(None, "error")
 
-    @Milter.noreply  # type: ignore[misc]
+    @Milter.noreply  # type: ignore[untyped-decorator]
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Begin a message: nothing of an earlier one stays."""
         self.sender, self.recipients, self.forged = sender, 0, []
         return int(Milter.CONTINUE)
 
-    @Milter.noreply  # type: ignore[misc]
+    @Milter.noreply  # type: ignore[untyped-decorator]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient."""
         self.recipients += 1
         return int(Milter.CONTINUE)
 
-    @Milter.noreply  # type: ignore[misc]
+    @Milter.noreply  # type: ignore[untyped-decorator]
     def header(self, name: str, value: str) -> int:
         """Note a header that only we may write."""
         if name.strip().lower() == header_name.lower():
@@ -1528,8 +1534,8 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
     def eom(self) -> int:
         """Decide, log and act, the message being complete."""
         # A fault of ours must neither lose mail nor let a blocked user pass.
-        known = self.owner is not None and self.owner.uid is not None
-        sender = Sender(None, None, {}, "error", (Person(self.owner.uid),) if known else ())
+        suspects = (Person(self.owner.uid),) if self.owner and self.owner.uid is not None else ()
+        sender = Sender(None, None, {}, "error", suspects)
         verdict = unidentified()
         try:
             if self.owner:
@@ -1831,7 +1837,7 @@ def check(problems: list[str]) -> int:
             if blocked_mailusers_file:  # now as the user the milter will be
                 read_entries(blocked_mailusers_file, os.geteuid())
         except OSError as error:
-            report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and this user to read what it needs", True)
+            report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and it to read the list", True)
     return EX_CONFIG if report.failed else 0
 
 
@@ -1878,10 +1884,10 @@ def prepare(user: Optional[pwd.struct_passwd]) -> None:
         set_capabilities(())
     # Threads begin below, and none may take these: they are the main thread's, see "run".
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    say(INFO, f"version {VERSION}: users from "
-              f"{'sock_diag' if SysuserMilter.find_owner is find_owner else 'psutil (holders, not owners)'}; programs through "
-              + ("the helper" if privileged else "sudo lsof" if channel is None
-                 else "the helper without the privilege to see other users' processes"))
+    users = "sock_diag" if SysuserMilter.find_owner is find_owner else "psutil (holders, not owners)"
+    programs = "the helper" if privileged else "sudo lsof" if channel is None else (
+        "the helper without the privilege to see other users' processes")
+    say(INFO, f"version {VERSION}: users from {users}; programs through {programs}")
     names = Workers(4, MOST_REMEMBERED)
     owner = user.pw_uid if user else os.geteuid()
     SysuserMilter.directory = Directory(names)

@@ -524,7 +524,7 @@ def test_a_fault_in_every_connection_is_one_line_and_then_a_count(make_milter: A
 
     def again() -> list[str]:
         fail()
-        return milter.lines("more like this before")
+        return milter.lines("more before")
     counted = mta.wait_for(again, what="the count")
-    assert int(re.search(r"\((\d+) more like this before\)", counted[0])[1]) > 1
+    assert int(re.search(r"\((\d+) more before\)", counted[0])[1]) > 1
     assert len(milter.lines("a callback failed")) <= 3
