@@ -393,7 +393,7 @@ def settings_problems(values: dict[str, Any]) -> Iterator[str]:
             yield f"{name} = {values[name]!r}: must be one of " + ", ".join(map(repr, actions))
     header = values["header_name"]
     if not isinstance(header, str) or not re.fullmatch(r"[!-9;-~]{1,76}", header):
-        yield f"header_name = {header!r}: must be 1 to 76 ASCII characters without blanks and colons (RFC 5322, 2.2)"
+        yield f"header_name = {header!r}: must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
 
 
 def path_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -1694,6 +1694,7 @@ def stranger_connection() -> Optional[tuple[Endpoint, Endpoint, int]]:
     """Give the ends and the uid of a connection of another user: nobody's if this is root, else any there is."""
     if os.geteuid():
         found = sock_diag(diag_request(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0), 0, NLM_F_DUMP))
+        found.sort(key=lambda diag: diag.uid == 0)  # root's last: for those everyone is looked at
         return next(((diag.source, diag.destination, diag.uid) for diag in found
                      if diag.uid != os.geteuid() and diag.inode
                      and find_socket(diag.destination, diag.source, LOOPBACK)), None)

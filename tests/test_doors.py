@@ -98,8 +98,11 @@ def house(users: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[type
             listener.bind(f"{postfix.directory}/queue/private/auth")
             os.chmod(f"{postfix.directory}/queue/private/auth", 0o666)
             listener.listen()
-            threading.Thread(target=serve_auth, args=(listener,), daemon=True).start()
+            serving = threading.Thread(target=serve_auth, args=(listener,), daemon=True)
+            serving.start()
             yield types.SimpleNamespace(postfix=postfix, milter=milter)
+            listener.shutdown(socket.SHUT_RDWR)  # closed, it would go on to accept on whatever has its number next
+            serving.join()
         finally:
             listener.close()
             for relay in relays:
