@@ -1394,7 +1394,7 @@ def ask_lsof(owner: Owner) -> Facts:
         except psutil.Error:
             pass
     with subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, cwd="/") as lsof:
+                          stderr=subprocess.PIPE, cwd="/", env={**os.environ, "LC_ALL": "C"}) as lsof:
         try:
             output, complaint = lsof.communicate(timeout=LSOF_SECONDS)
         except subprocess.TimeoutExpired:
@@ -1407,7 +1407,8 @@ def ask_lsof(owner: Owner) -> Facts:
     holders = [pid for pid in (lsof_holder(part, owner.inode) for part in re.split(rb"(?m)^(?=p\d)", output))
                if pid in processes]
     if not holders:
-        return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if complaint else "not-found"}
+        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new privileges", complaint)
+        return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
     try:
         uids = set().union(*(processes[pid].uids() for pid in holders))  # a setuid program's real one, too
         return {**describe_psutil(processes[holders[0]], WANTED), "holders": sorted(uids)}

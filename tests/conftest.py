@@ -20,8 +20,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the loads and faults at full size")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Clean up on TERM as on an interrupt."""
+    # Tests fork the helper from pytest, which has threads; the script forks it before it has any (Python 3.12).
+    config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -110,7 +110,8 @@ def test_the_milters_own_call_is_admitted(pids: Sequence[int], rule: None) -> No
     """Asked with -l, and run."""
     arguments = ms.lsof_arguments(pids)
     assert sudo(LSOF, *arguments, options=["-l"]).returncode == 0
-    assert sudo(LSOF, *arguments).stderr == ""
+    said = sudo(LSOF, *arguments).stderr.splitlines()
+    assert [line for line in said if "unable to resolve host" not in line] == []  # a host name that nobody knows
 
 
 def change(old: str, *new: str) -> list[str]:
