@@ -145,7 +145,7 @@ MOST_FILE_BYTES = 1 << 20
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
 INET_DIAG_INFO, INET_DIAG_CGROUP_ID = 2, 21
-TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, Linux 4.1 and 4.19
+TCPI_BYTES_RECEIVED = 128  # offset in struct tcp_info, since Linux 4.1
 # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: the states in which a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
 LOOPBACK = 1  # LOOPBACK_IFINDEX in net/flow.h: the index of lo, in every network namespace
@@ -158,6 +158,7 @@ FILEID_KERNFS = 0xFE
 
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
+idle_netlink: deque[int] = deque()  # sockets to ask the kernel through, each used by one thread at a time
 BARE = re.compile(rb"[A-Za-z0-9._+@/:-]+")
 ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*][^\s\x00-\x1f\x7f\ud800-\udfff:#*]*")
 
@@ -180,8 +181,7 @@ class Diag(NamedTuple):
     inode: int
     cookie: int  # the kernel's number of this one socket, never used again
     cgroup: int  # inode number of the cgroup v2 directory; 0 where the kernel does not say (before 5.8)
-    sent: Optional[int]  # bytes; None where the kernel does not say
-    read: int = 0  # bytes that were received and that a process has taken
+    read: Optional[int]  # bytes that were received and that a process has taken; None where the kernel does not say
 
 
 class Owner(NamedTuple):
@@ -191,8 +191,8 @@ class Owner(NamedTuple):
     why: str = ""  # one word, where uid is None
     inode: int = 0  # 0: no process has it open any more
     cgroup: int = 0
-    cookie: Any = None  # see Diag
-    server: Endpoint = Endpoint(b"", 0)  # the other end
+    cookie: Any = None  # of the MTA's end, which is one connection's and no other's; see Diag
+    server: Endpoint = Endpoint(b"", 0)  # the MTA's end
     interface: int = 0  # the index under which the kernel found it
     read: int = 0  # bytes the MTA had read from the connection when this was asked
     holder: Optional[psutil.Process] = None  # only where there is no sock_diag
@@ -248,6 +248,7 @@ def escape(data: bytes) -> str:
     return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in data)
 
 
+@functools.lru_cache(maxsize=1024)  # the same few stand in every line
 def quote(value: Any) -> str:
     """Make a value fit for a header, a reply or a log line; None is written "?"."""
     if value is None:
@@ -282,8 +283,14 @@ def fold(words: list[str], taken: int) -> str:
 
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as an MTA writes it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError if it is none."""
+    return Endpoint(packed(address), port)
+
+
+@functools.lru_cache(maxsize=1024)
+def packed(address: str) -> bytes:
+    """Give an address as its four or sixteen bytes; ValueError if it is none."""
     ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
-    return Endpoint((getattr(ip, "ipv4_mapped", None) or ip).packed, port)
+    return (getattr(ip, "ipv4_mapped", None) or ip).packed
 
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int, flags: int = 0) -> bytes:
@@ -316,22 +323,21 @@ def diag_replies(data: bytes) -> Iterator[Optional[Diag]]:
 def diag_message(body: bytes) -> Diag:
     """Read one struct inet_diag_msg with its attributes."""
     family, state, sport, dport, source, destination, _, cookie = struct.unpack_from("=BB2x2s2s16s16sIQ", body)
-    unread, _, uid, inode = struct.unpack_from("=IIII", body, 56)
+    unread, _, uid, inode = struct.unpack_from("=IIII", body, 56)  # idiag_rqueue, idiag_wqueue
     mapped = b"\0" * 10 + b"\xff\xff"
     ends = []
     for address, port in ((source, sport), (destination, dport)):
         short = address[:4] if family == socket.AF_INET else address[12:] if address.startswith(mapped) else address
         ends.append(Endpoint(short, int.from_bytes(port, "big")))
-    cgroup, sent, received, at = 0, None, 0, 72
+    cgroup, read, at = 0, None, 72
     while at + 4 <= len(body):
         length, kind = struct.unpack_from("=HH", body, at)
         if kind == INET_DIAG_CGROUP_ID:
             cgroup = struct.unpack_from("=Q", body, at + 4)[0]
-        elif kind == INET_DIAG_INFO and length >= 4 + TCPI_BYTES_SENT + 8:
-            sent = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_SENT)[0]
-            received = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0]
+        elif kind == INET_DIAG_INFO and length >= 4 + TCPI_BYTES_RECEIVED + 8:
+            read = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0] - unread
         at += max((length + 3) & ~3, 4)
-    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, sent, received - unread)
+    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, read)
 
 
 def unit_of(cgroups: str) -> Optional[str]:
@@ -502,14 +508,22 @@ def say(level: int, text: str) -> None:
 
     What strangers control in it has been quoted before. A full disk or a closed pipe must not reach the mail.
     """
-    stamp = f"<{level}>" if "JOURNAL_STREAM" in os.environ else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
-    ready = select.poll()
-    ready.register(2, select.POLLOUT)
+    stamp = f"<{level}>" if journalled() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
     try:
-        if ready.poll(0):  # else nobody reads, and the line is lost
+        if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
             os.write(2, (stamp + text + "\n").encode("utf-8", "backslashreplace"))
     except OSError:
         pass
+
+
+@functools.lru_cache(maxsize=1)
+def journalled() -> bool:
+    """Tell whether stderr is the journal's: JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class Complaints:
@@ -541,40 +555,50 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
 
 # -------------------------------------------------------------------------------------- the kernel's answer
 def sock_diag(request: bytes) -> list[Diag]:
-    """Ask the kernel; OSError with its errno if it refuses. Takes no privilege, and about 12 us.
+    """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 9 us.
 
     Through ctypes, which keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
-    lock up and get it back four times costs several times as much where many connections are under way.
+    lock up and get it back costs several times as much where many connections are under way.
     """
     found: list[Diag] = []
-    netlink = LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
+    dump = struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP
+    answer = ctypes.create_string_buffer(16384 if dump else 2048)
     try:
-        answer = ctypes.create_string_buffer(16384 if struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP else 2048)
-        if netlink < 0 or LIBC.send(netlink, request, len(request), 0) < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        while True:
-            length = LIBC.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT)
-            if length < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        netlink = idle_netlink.pop()
+    except IndexError:
+        netlink = checked(LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG))
+    try:
+        more = bool(checked(LIBC.send(netlink, request, len(request), 0)))
+        while more:
+            length = checked(LIBC.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT))
+            more = bool(dump)
             for reply in diag_replies(ctypes.string_at(answer, length)):
                 if reply is None:
-                    return found
-                found.append(reply)
-            if not struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP:
-                return found
-    finally:
-        if netlink >= 0:
-            LIBC.close(netlink)
+                    more = False
+                else:
+                    found.append(reply)
+    except FileNotFoundError:
+        pass  # an answer like any other
+    except BaseException:
+        LIBC.close(netlink)  # what is left in it would be taken for the answer to the next question
+        raise
+    idle_netlink.append(netlink)
+    return found
+
+
+def checked(result: int) -> int:
+    """Pass on what a C function returned; OSError if it failed."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
 
 
 def find_socket(source: Endpoint, destination: Endpoint, interface: int) -> Optional[Diag]:
     """Ask for one socket by both ends; None if there is none, and never a listener that the kernel offers instead."""
-    try:
-        found = sock_diag(diag_request(source, destination, interface))
-    except FileNotFoundError:
-        return None
-    return next((diag for diag in found if (diag.source, diag.destination) == (source, destination)
-                 and diag.state in STATES), None)
+    for diag in sock_diag(diag_request(source, destination, interface)):
+        if diag.source == source and diag.destination == destination and diag.state in STATES:
+            return diag
+    return None
 
 
 def own_end(client: Endpoint, port: int) -> Optional[Endpoint]:
@@ -639,23 +663,25 @@ def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
     accepted = find_socket(server, client, interface)
     if accepted is None or not accepted.inode:  # the MTA has accepted the one it asks about: this is a later one
         return Owner(None, "reused")
-    return Owner(diag.uid, "", diag.inode, diag.cgroup, diag.cookie, server, interface, accepted.read)
+    return Owner(diag.uid, "", diag.inode, diag.cgroup, accepted.cookie, server, interface, accepted.read or 0)
 
 
 def same_socket(client: Endpoint, owner: Owner) -> str:
-    """Ask again, when the message is complete; give the reason why the owner must not be believed, or ""."""
-    diag = find_socket(client, owner.server, owner.interface)
-    if diag is None or diag.sent is None:  # or nothing is left of it but the kernel's waiting for the end of its time
-        return "closed"
-    # One that has taken its place has another cookie. From one that took its place before the first look the MTA has
-    # read nothing since: it waits for the milter to see that one, too, and then both are known to be shared.
+    """Ask again, when the message is complete; give the reason why the owner must not be believed, or "".
+
+    While the MTA's end lives, no other socket can become the client's end. Another pair that has taken their place
+    since has another cookie. From one that took it before the first look, the MTA has read nothing since: it waits
+    for the milter to see that one, too, and then both are known to be shared.
+    """
     accepted = find_socket(owner.server, client, owner.interface)
-    return "" if diag.cookie == owner.cookie and accepted and accepted.read > owner.read else "reused"
+    if accepted is None:
+        return "closed"
+    return "" if accepted.cookie == owner.cookie and (accepted.read or 0) > owner.read else "reused"
 
 
 def find_owner_psutil(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
     """Do what find_owner does where there is no sock_diag: it gives the holder for the owner, and takes long."""
-    connections = [(Endpoint(endpoint(*c.laddr).address, c.laddr.port), endpoint(*c.raddr), c.pid)
+    connections = [(endpoint(*c.laddr), endpoint(*c.raddr), c.pid)
                    for c in psutil.net_connections("tcp") if c.raddr]
     if server is None or not server.port or not any(server.address):
         ends = {near for near, far, _ in connections if far == client}
@@ -688,7 +714,7 @@ def kernel_problem() -> str:
                 return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
             if (diag.uid, diag.inode) != (os.geteuid(), os.fstat(connection.fileno()).st_ino):
                 return "sock_diag gives a wrong owner for a connection of our own"
-            return "" if diag.sent is not None else "sock_diag does not count bytes sent (Linux 4.19 does)"
+            return "" if diag.read is not None else "sock_diag does not count bytes received (Linux 4.1 does)"
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
@@ -867,7 +893,8 @@ class BlockList:
                 except queue.Full:
                     return self.entries  # asked again for the next message
             future, last, wait = self.future, self.entries, self.asked + NAME_SECONDS - time.monotonic()
-        wait_for([future], max(0.0, wait))
+        if not future.done():
+            wait_for([future], max(0.0, wait))
         return future.result() if future.done() and not future.exception() else last
 
     def _resolve(self, entries: list[Any]) -> Entries:
@@ -943,7 +970,7 @@ class Finder:
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
-        self.recent: OrderedDict[int, list[str]] = OrderedDict()  # uid: links that led to a socket of his lately
+        self.recent: OrderedDict[int, list[int]] = OrderedDict()  # uid: processes that had a socket of his lately
         self.hot: dict[int, float] = {}  # uid: until when it is not searched for
         self.cgroups = cgroup_mount()
         self.deadline, self.links, self.denied = 0.0, 0, False
@@ -957,9 +984,9 @@ class Finder:
         self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
         target = f"socket:[{inode}]"
         facts = self._search(uid, target, cgroup)
-        if facts.get("why") == "gone":  # whoever was found has ended meanwhile, but another may have it still
-            again = self._search(uid, target, cgroup)
-            facts = facts if "why" in again else again
+        if facts.get("why") == "gone":  # ended, but another may have it still; or moved it to another descriptor
+            tries = (self._search(uid, target, cgroup) for _ in range(2))
+            facts = next((again for again in tries if "why" not in again), facts)
         return facts
 
     def _search(self, uid: int, target: str, cgroup: int) -> Facts:
@@ -967,14 +994,14 @@ class Finder:
             link = self._first(uid, target, cgroup)
             if link is None:
                 return {"why": "not-permitted" if self.denied else "not-found"}
-            pid = link.split("/")[2]
+            pid, path = link
             # What is read through this directory is of one process, even if its number is given to another now.
-            process = os.open("/proc/" + pid, os.O_PATH | os.O_DIRECTORY)
+            process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
             try:
-                if os.readlink(link.split("/", 3)[3], dir_fd=process) != target:
+                if os.readlink(path, dir_fd=process) != target:
                     return {"why": "gone"}
                 holders = {os.fstat(process).st_uid} | (self._strangers(target) if uid == 0 else set())
-                return {"pid": int(pid), **describe(process, self.wanted), "holders": sorted(holders)[:FACT_BYTES]}
+                return {"pid": pid, **describe(process, self.wanted), "holders": sorted(holders)[:FACT_BYTES]}
             finally:
                 os.close(process)
         except BusyError:
@@ -983,65 +1010,66 @@ class Finder:
         except (OSError, psutil.Error):
             return {"why": "gone"}
 
-    def _first(self, uid: int, target: str, cgroup: int) -> Optional[str]:
-        links = self.recent.pop(uid, [])
-        link = next((link for link in links if self._is(link, target)), None) or next(filter(None, (
-            self._link(table, target) for table in self._tables(uid, cgroup, links))), None)
-        if link:
-            self.recent[uid] = [link] + [old for old in links if old != link][:7]
-            if len(self.recent) > MOST_REMEMBERED:
-                self.recent.popitem(last=False)
-        return link
+    def _first(self, uid: int, target: str, cgroup: int) -> Optional[tuple[int, str]]:
+        recent = self.recent.get(uid, [])
+        for pid, table in self._tables(uid, cgroup, recent):
+            link = self._link(pid, table, target)
+            if link:
+                self.recent[uid] = [pid] + [old for old in recent if old != pid][:7]
+                self.recent.move_to_end(uid)
+                if len(self.recent) > MOST_REMEMBERED:
+                    self.recent.popitem(last=False)
+                return pid, link
+        return None
 
-    def _tables(self, uid: int, cgroup: int, links: list[str]) -> Iterator[str]:
-        """Give descriptor tables in the order in which they are likely to have it."""
-        seen: set[int] = set()
-        others: list[int] = []
-
-        def own(pids: Iterable[int]) -> Iterator[int]:
-            for pid in pids:
-                if pid not in seen:
-                    seen.add(pid)
+    def _tables(self, uid: int, cgroup: int, recent: list[int]) -> Iterator[tuple[int, str]]:
+        """Give descriptor tables, of processes and below their directories, in the order of their likelihood."""
+        mine: dict[int, None] = {}
+        others: dict[int, None] = {}
+        sources: list[Callable[[], Iterable[int]]] = [
+            lambda: recent, lambda: cgroup_pids(self.cgroups, cgroup), psutil.pids]
+        for source in sources:
+            for pid in source():
+                if pid not in mine and pid not in others:
                     if owner_of(pid) == uid:
-                        yield pid
+                        mine[pid] = None
+                        yield pid, "fd"
                     else:
-                        others.append(pid)
-        mine = []
-        for source in (lambda: [int(link.split("/")[2]) for link in links],
-                       lambda: cgroup_pids(self.cgroups, cgroup), psutil.pids):
-            for pid in own(source()):
-                mine.append(pid)
-                yield f"/proc/{pid}/fd"
-        yield from itertools.chain.from_iterable(map(thread_tables, mine))
-        yield from (f"/proc/{pid}/fd" for pid in others)
+                        others[pid] = None
+        for pid in mine:
+            yield from ((pid, table) for table in thread_tables(pid))
+        for pid in others:
+            yield pid, "fd"
 
     def _strangers(self, target: str) -> set[int]:
         """Give the uids other than root's that have the socket, real ones of setuid programs too: see handed_down."""
         found: set[int] = set()
         for pid in psutil.pids():
-            if any(self._link(table, target) for table in itertools.chain([f"/proc/{pid}/fd"], thread_tables(pid))):
+            if any(self._link(pid, table, target) for table in itertools.chain(["fd"], thread_tables(pid))):
                 found |= set(psutil.Process(pid).uids()) - {0}
         return found
 
-    def _link(self, table: str, target: str) -> Optional[str]:
+    def _link(self, pid: int, table: str, target: str) -> Optional[str]:
+        """Give the link to the target in a descriptor table; None if it has none, or is not to be seen."""
         self._spend()
         try:
-            with os.scandir(table) as entries:
-                for entry in entries:
-                    if self._is(entry.path, target):
-                        return entry.path
-        except PermissionError:
-            self.denied = True
+            directory = os.open(f"/proc/{pid}/{table}", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            self.denied |= isinstance(error, PermissionError)  # else it has ended
+            return None
+        try:
+            for descriptor in reversed(os.listdir(directory)):  # what was opened last stands last
+                self._spend()
+                try:
+                    if os.readlink(descriptor, dir_fd=directory) == target:
+                        return f"{table}/{descriptor}"
+                except OSError:
+                    pass  # closed meanwhile
         except OSError:
             pass  # it has ended
+        finally:
+            os.close(directory)
         return None
-
-    def _is(self, link: str, target: str) -> bool:
-        self._spend()
-        try:
-            return os.readlink(link) == target
-        except OSError:
-            return False
 
     def _spend(self) -> None:
         self.links -= 1
@@ -1063,7 +1091,7 @@ def thread_tables(pid: int) -> Iterator[str]:
         threads = os.listdir(f"/proc/{pid}/task") if os.stat(f"/proc/{pid}/task").st_nlink > 3 else []
     except OSError:
         return
-    yield from (f"/proc/{pid}/task/{thread}/fd" for thread in threads if thread != str(pid))
+    yield from (f"task/{thread}/fd" for thread in threads if thread != str(pid))
 
 
 def describe(process: int, wanted: Iterable[str]) -> Facts:
@@ -1112,22 +1140,24 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 
 def read_args(process: int) -> Optional[str]:
     """Read a command line in a child that is killed when it is late; None if it was."""
-    near, far = os.pipe()
-    child = os.fork()
-    if child == 0:
+    near, far = socket.socketpair()
+    with near, far:
+        child = os.fork()
+        if child == 0:
+            try:
+                words = read_file("cmdline", process)[:FACT_BYTES].replace("\0", " ")
+                far.send(words.encode("utf-8", "surrogateescape"))
+            finally:
+                os._exit(0)
+        far.close()
+        near.settimeout(ARGS_SECONDS)
         try:
-            words = read_file("cmdline", process)[:FACT_BYTES].replace("\0", " ")
-            os.write(far, words.encode("utf-8", "surrogateescape"))
+            return near.recv(FACT_BYTES).rstrip(b" ").decode("utf-8", "surrogateescape")
+        except socket.timeout:
+            return None
         finally:
-            os._exit(0)
-    os.close(far)
-    try:
-        ready = select.select([near], [], [], ARGS_SECONDS)[0]
-        return os.read(near, FACT_BYTES).rstrip(b" ").decode("utf-8", "surrogateescape") if ready else None
-    finally:
-        os.close(near)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def cgroup_mount() -> Optional[int]:
@@ -1226,18 +1256,15 @@ def become(user: Optional[pwd.struct_passwd]) -> None:
 
 def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
     """Fork the helper: the uid of the milter, and of root's privilege only what it takes to see open files."""
-    null = -1
-    while null <= 2:  # one of the first three that was closed must not become the channel
-        null = os.open(os.devnull, os.O_RDWR)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     if os.fork():
         far.close()
-        os.close(null)
         return near
     try:
         near.close()
         os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.closerange(3, far.fileno())
@@ -1604,7 +1631,10 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         if sender.person is None or None in answers and unidentified_action != "accept":
             return unidentified()
         limit = self.limits.take(sender.person, self.recipients, blocked_action in REFUSALS)
-        return over_limit(sender.person, limit) if limit is not None else passed()
+        if limit is None:
+            return passed()
+        text = f"User {quote(sender.person.name or sender.person.uid)} is over the limit of {limit} recipients an hour"
+        return Verdict("tempfail" if blocked_action in REFUSALS else blocked_action, "limit", text)
 
     def write_log(self, verdict: Verdict, sender: Sender) -> None:
         """Write the message's one line."""
@@ -1658,12 +1688,6 @@ def passed() -> Verdict:
 def blocked(person: Person) -> Verdict:
     """Do what blocked_action says."""
     return Verdict(blocked_action, "blocked", f"User {quote(person.name or person.uid)} is blocked from sending mail")
-
-
-def over_limit(person: Person, limit: int) -> Verdict:
-    """Refuse for now, or do what blocked_action says where that refuses nothing."""
-    text = f"User {quote(person.name or person.uid)} is over the limit of {limit} recipients an hour"
-    return Verdict("tempfail" if blocked_action in REFUSALS else blocked_action, "limit", text)
 
 
 def unidentified() -> Verdict:
@@ -1838,7 +1862,7 @@ def check(problems: list[str]) -> int:
             check_lookups(report, account(run_as_user))
             if blocked_mailusers_file:  # now as the user the milter will be
                 read_entries(blocked_mailusers_file, os.geteuid())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and it to read the list", True)
     return EX_CONFIG if report.failed else 0
 
@@ -1850,13 +1874,14 @@ def start_problem() -> str:
         return "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
     if os.path.lexists(socketname):
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(5)  # one that does not accept is still there
             try:
                 probe.connect(socketname)
                 return f"another milter is already serving {socketname}"
             except ConnectionRefusedError:
                 os.unlink(socketname)  # left over from one that was killed
             except OSError as error:
-                return f"{socketname}: {error.strerror}"
+                return f"{socketname}: {error}"
     return ""
 
 
@@ -1959,6 +1984,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()
+    for number in range(3):  # one that was closed must not become a socket of ours
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number
     problems = list(settings_problems({name: globals()[name] for name in SETTINGS}))
     if arguments.check:
         return check(problems)

@@ -303,12 +303,13 @@ class Milter:
     user      start it as that user; None: as root
     prefix    a command that runs it, e.g. ["setpriv", "--bounding-set=-sys_ptrace"]
     args      arguments of the script, e.g. ["--check"]
+    journal   tell it, as systemd does, that its standard error is the journal
     settings  what to change at the top of the file
     """
 
     def __init__(self, at: "Postfix | os.PathLike | None" = None, *, user: Optional[str] = None,
                  prefix: Sequence[str] = (), args: Sequence[str] = (), env: Optional[Mapping[str, str]] = None,
-                 script: os.PathLike = SCRIPT, **settings: Any) -> None:
+                 script: os.PathLike = SCRIPT, journal: bool = False, **settings: Any) -> None:
         source = edit_settings(pathlib.Path(script).read_text(), settings)  # a wrong name leaves nothing behind
         self.temporary = at is None
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="milter-test.") if at is None
@@ -322,9 +323,12 @@ class Milter:
         self.script = self.directory / "milter_sysuser.py"
         self.script.write_text(edit_settings(source, self.settings))
         self.script.chmod(0o755)
-        (self.directory / "milter.log").write_text("")
+        log = self.directory / "milter.log"
+        log.write_text("")
+        stream = {"JOURNAL_STREAM": f"{log.stat().st_dev}:{log.stat().st_ino}"} if journal else {}
         self.command = [*prefix, PYTHON, str(self.script), *args]
-        self.options = {"env": {**{k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}, **(env or {})},
+        self.options = {"env": {**{k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}, **stream,
+                                **(env or {})},
                         **(identity(user) if user else {"cwd": "/"})}
         self.process: Optional[subprocess.Popen] = None
 

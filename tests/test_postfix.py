@@ -391,11 +391,17 @@ def test_under_the_mtas_uid_users_are_named_and_refused(postfix: mta.Postfix, re
 
 def test_under_journald_a_line_begins_with_its_level(postfix: mta.Postfix, replaced: Any) -> None:
     """And has no time: journald has its own."""
-    milter = replaced(env={"JOURNAL_STREAM": "9:4711"}, blocked_mailusers=["no-such-user"])
+    milter = replaced(journal=True, blocked_mailusers=["no-such-user"])
     send("mst-alice", postfix.port)
     (line,) = milter.wait_lines(queue_id(postfix.wait_messages(1)[0]))
     assert re.match(r"<6>\w+: client=127\.0\.0\.1:\d+ user=mst-alice uid=\d+ program=", line)
     assert all(re.match("<[46]>", line) for line in milter.lines()) and milter.lines("<4>block list: ")
+
+
+def test_where_stderr_is_not_the_journals_a_line_has_its_time(replaced: Any) -> None:
+    """A unit that sends it to a file instead leaves JOURNAL_STREAM to its children."""
+    lines = replaced(env={"JOURNAL_STREAM": "9:4711"}).lines()
+    assert lines and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [A-Z]+ ", line) for line in lines)
 
 
 # a seccomp filter that refuses socket(AF_NETLINK, ...) with EAFNOSUPPORT, then the command

@@ -69,7 +69,7 @@ def administrator(tmp_path: pathlib.Path) -> Callable[..., str]:
 @pytest.fixture
 def make_logged(make_mail: Callable) -> Callable[..., types.SimpleNamespace]:
     """Start a Postfix and a milter that logs as it does under journald."""
-    return lambda postfix=None, **milter: make_mail(postfix, env={"JOURNAL_STREAM": "8:1"}, **milter)
+    return lambda postfix=None, **milter: make_mail(postfix, journal=True, **milter)
 
 
 def test_every_recipe_is_tested() -> None:

@@ -164,7 +164,7 @@ def message(source: str, sport: int, destination: str, dport: int, uid: int = 10
     family = socket.AF_INET6 if ":" in source else socket.AF_INET
     ends = [socket.inet_pton(family, address).ljust(16, b"\0") for address in (source, destination)]
     body = (struct.pack("=BBBB", family, state, 0, 0) + struct.pack(">HH", sport, dport) + ends[0] + ends[1]
-            + struct.pack("=IQ", 0, 99) + struct.pack("=IIIII", 0, 0, 0, uid, inode) + attributes)
+            + struct.pack("=IQ", 0, 99) + struct.pack("=IIIII", 0, 2, 0, uid, inode) + attributes)
     return struct.pack("=IHHII", 16 + len(body), 20, 0, 0, 0) + body
 
 
@@ -176,18 +176,18 @@ def attribute(kind: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("address, stored", [
     ("127.0.0.1", b"\x7f\0\0\1"), ("::1", b"\0" * 15 + b"\1"), ("::ffff:127.0.0.1", b"\x7f\0\0\1")])
 def test_a_socket_is_read_from_the_kernels_answer(address: str, stored: bytes) -> None:
-    """State, both ends, owner, inode, cookie, cgroup and bytes sent, past attributes that are not known."""
+    """State, both ends, owner, inode, cookie, cgroup and what was read of the bytes received, past attributes that are not known."""
     attributes = (attribute(8, b"\0") + attribute(21, struct.pack("=Q", 44)) + attribute(5, b"cubic\0")
-                  + attribute(2, bytes(200) + struct.pack("=Q", 5) + bytes(32)))
+                  + attribute(2, bytes(128) + struct.pack("=Q", 7) + bytes(96)))
     (diag,) = ms.diag_replies(message(address, 43210, address, 25, attributes=attributes, state=8))
     assert diag is not None and diag[:3] == (8, ms.Endpoint(stored, 43210), ms.Endpoint(stored, 25))
-    assert (diag.uid, diag.inode, diag.cookie, diag.cgroup, diag.sent) == (1001, 4711, 99, 44, 5)
+    assert (diag.uid, diag.inode, diag.cookie, diag.cgroup, diag.read) == (1001, 4711, 99, 44, 5)
 
 
 def test_a_kernel_without_the_newer_attributes_gives_none_of_them() -> None:
-    """Before 5.8 there is no cgroup, before 4.19 no count of bytes."""
-    (diag,) = ms.diag_replies(message("::1", 1, "::1", 2, attributes=attribute(2, bytes(192))))
-    assert diag is not None and (diag.cgroup, diag.sent) == (0, None)
+    """Before 5.8 there is no cgroup, before 4.1 no count of bytes."""
+    (diag,) = ms.diag_replies(message("::1", 1, "::1", 2, attributes=attribute(2, bytes(128))))
+    assert diag is not None and (diag.cgroup, diag.read) == (0, None)
 
 
 def test_a_dump_is_read_to_its_end() -> None:
