@@ -1402,8 +1402,24 @@ def lsof_arguments(pids: Iterable[int]) -> list[str]:
     return ["-nPw", "-a", "-iTCP", "-p", ",".join(str(int(pid)) for pid in pids), "-Fpd"]
 
 
+def run_lsof(pids: Iterable[int]) -> Optional[subprocess.CompletedProcess[bytes]]:
+    """Have lsof list the sockets of processes; None if it was late, and then so is this: we may not kill it."""
+    with subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd="/", env={**os.environ, "LC_ALL": "C"}) as lsof:
+        try:
+            output, complaint = lsof.communicate(timeout=LSOF_SECONDS)
+            return subprocess.CompletedProcess([], lsof.returncode, output, complaint)
+        except subprocess.TimeoutExpired:
+            try:
+                lsof.terminate()  # sudo passes this on; killed, it would leave lsof running
+            except PermissionError:
+                pass
+            lsof.communicate()  # this thread is its place among the few until it has ended
+            return None
+
+
 def ask_lsof(owner: Owner) -> Facts:
-    """Find the process through lsof; returns late if lsof, which we may not kill, is late."""
+    """Find the process through lsof, and describe it; {"why": word} if that fails."""
     own, others = [], []
     for pid in psutil.pids():
         uid = owner_of(pid)
@@ -1420,21 +1436,13 @@ def ask_lsof(owner: Owner) -> Facts:
             processes[pid] = psutil.Process(pid)
         except psutil.Error:
             pass
-    with subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, cwd="/", env={**os.environ, "LC_ALL": "C"}) as lsof:
-        try:
-            output, complaint = lsof.communicate(timeout=LSOF_SECONDS)
-        except subprocess.TimeoutExpired:
-            try:
-                lsof.terminate()  # sudo passes this on; killed, it would leave lsof running
-            except PermissionError:
-                pass
-            lsof.communicate()  # this thread is its place among the few until it has ended
-            return {"why": "timeout"}
-    holders = [pid for pid in (lsof_holder(part, owner.inode) for part in re.split(rb"(?m)^(?=p\d)", output))
+    lsof = run_lsof(pids)
+    if lsof is None:
+        return {"why": "timeout"}
+    holders = [pid for pid in (lsof_holder(part, owner.inode) for part in re.split(rb"(?m)^(?=p\d)", lsof.stdout))
                if pid in processes]
     if not holders:
-        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new privileges", complaint)
+        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new privileges", lsof.stderr)
         return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
     try:
         uids = set().union(*(processes[pid].uids() for pid in holders))  # a setuid program's real one, too
@@ -1758,9 +1766,8 @@ def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
     channel = fork_helper(user) if privileged else None
     become(user)
     set_capabilities(())
-    mount = cgroup_mount()
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
-           "" if mount is not None else "not mounted, all processes are searched",
+           "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
     allowed = lsof_allowed()
     if stranger is None:
@@ -1768,23 +1775,33 @@ def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
                "run this as root" + (", with CAP_SETUID" if privileged else ""))
         report("programs: sudo lsof", "" if allowed else "not allowed", LSOF_CURE)
         return
+    owner = check_owner(report, stranger)
+    if owner:
+        check_programs(report, owner, channel, allowed)
+
+
+def check_owner(report: Report, stranger: tuple[Endpoint, Endpoint, int]) -> Optional[Owner]:
+    """Find the owner of another user's connection; None if that fails."""
     for _ in range(5):  # one that is not ours can end meanwhile
         began = time.perf_counter()
         owner = find_owner(*stranger[:2])
         took = (time.perf_counter() - began) * 1e6
-        wrong = not owner or owner.uid != stranger[2]
-        if not wrong:
-            break
+        if owner and owner.uid == stranger[2]:
+            report(f"users: another user's connection, {took:.0f} us")
+            return owner
         stranger = stranger_connection() or stranger
-    report(f"users: another user's connection, {took:.0f} us",
-           f"not found ({owner.why or 'wrong uid' if owner else 'taken for remote'})" if wrong else "",
-           "run this again; in a unit or container, give it the host's network and users", wrong)
-    if not owner or wrong:
-        return
-    seen = False
+    report("users: another user's connection",
+           f"not found ({owner.why or 'wrong uid' if owner else 'taken for remote'})",
+           "run this again; in a unit or container, give it the host's network and users", True)
+    return None
+
+
+def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket], allowed: bool) -> None:
+    """Find the program through the helper (channel) and through sudo lsof (allowed), those that are there first."""
     ways = [("the helper", Describer(channel, False, Workers(1, 1)) if channel else None,
              "start as root, or allow CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (both) to the container or unit"),
             ("sudo lsof", Describer(None, True, Workers(1, 1)) if allowed else None, LSOF_CURE)]
+    seen = False
     for what, describer, cure in sorted(ways, key=lambda way: way[1] is None):
         began = time.perf_counter()
         facts = describer.wait(describer.ask(owner)) if describer else {"why": "not there"}
