@@ -46,7 +46,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import Future, TimeoutError as LateError, wait as wait_for
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional
 
@@ -384,6 +384,14 @@ def entry_problem(entry: Any) -> Optional[str]:
 def whole(value: Any) -> bool:
     """Tell whether it is a whole number that is not negative; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    """Put an entry at the end of a memory that is bounded; what was put there the longest ago is forgotten first."""
+    memory.pop(key, None)
+    memory[key] = value
+    if len(memory) > MOST_REMEMBERED:
+        del memory[next(iter(memory))]
 
 
 # ------------------------------------------------------------------------- settings: every rule in one place
@@ -835,12 +843,12 @@ class Directory:
 
     def __init__(self, workers: Workers) -> None:
         self.workers, self.lock = workers, threading.Lock()
-        self.people: OrderedDict[int, tuple[float, Optional[Future[Any]], Optional[Person]]] = OrderedDict()
+        self.people: dict[int, tuple[float, Optional[Future[Any]], Optional[Person]]] = {}
 
     def ask(self, uid: int) -> tuple[Optional[Future[Any]], Optional[Person]]:
         """Begin to look a uid up where it is time to; give the answer to come and the last one."""
         with self.lock:
-            asked, future, last = self.people.pop(uid, (0.0, None, Person(uid)))
+            asked, future, last = self.people.get(uid, (0.0, None, Person(uid)))
             if future is None or future.done() and time.monotonic() - asked > REFRESH_SECONDS:
                 if future is not None and future.exception() is None and not (
                         last and last.name and future.result() and future.result().name is None):
@@ -849,9 +857,7 @@ class Directory:
                     future, asked = self.workers.submit(find_person, uid), time.monotonic()
                 except queue.Full:
                     complain("the directory service (NSS) is slow: users without a known name are given by number")
-            self.people[uid] = asked, future, last
-            if len(self.people) > MOST_REMEMBERED:
-                self.people.popitem(last=False)
+            remember(self.people, uid, (asked, future, last))
             return future, last
 
     def person(self, uid: int, seconds: float = NAME_SECONDS) -> Optional[Person]:
@@ -932,7 +938,7 @@ class Limits:
         self.everyone, self.lock = limits.get("*"), threading.Lock()
         users = ((key if whole(key) else getattr(account(key), "pw_uid", None), limit) for key, limit in limits.items())
         self.limits = {uid: limit for uid, limit in users if uid is not None}
-        self.counts: OrderedDict[int, dict[int, int]] = OrderedDict()
+        self.counts: dict[int, dict[int, int]] = {}
 
     def used(self, uid: int, minute: int) -> int:
         """Count what a uid addressed in this minute and the sixty before, so that no period of an hour is missed."""
@@ -950,11 +956,9 @@ class Limits:
             used = self.used(person.uid, minute)
             over = used + recipients > limit
             if not (over and refuse):
-                counts = self.counts.setdefault(person.uid, {})
+                counts = self.counts.get(person.uid, {})
                 counts[minute] = counts.get(minute, 0) + recipients
-                self.counts.move_to_end(person.uid)
-                if len(self.counts) > MOST_REMEMBERED:
-                    self.counts.popitem(last=False)
+                remember(self.counts, person.uid, counts)
         if not over and used < 0.8 * limit <= used + recipients:
             say(WARNING, f"user={quote(person.name or person.uid)} has addressed {used + recipients} "
                          f"of {limit} recipients an hour")
@@ -970,7 +974,7 @@ class Finder:
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
-        self.recent: OrderedDict[int, list[int]] = OrderedDict()  # uid: processes that had a socket of his lately
+        self.recent: dict[int, list[int]] = {}  # uid: processes that had a socket of his lately
         self.hot: dict[int, float] = {}  # uid: until when it is not searched for
         self.cgroups = cgroup_mount()
         self.deadline, self.links, self.denied = 0.0, 0, False
@@ -1015,10 +1019,7 @@ class Finder:
         for pid, table in self._tables(uid, cgroup, recent):
             link = self._link(pid, table, target)
             if link:
-                self.recent[uid] = [pid] + [old for old in recent if old != pid][:7]
-                self.recent.move_to_end(uid)
-                if len(self.recent) > MOST_REMEMBERED:
-                    self.recent.popitem(last=False)
+                remember(self.recent, uid, [pid] + [old for old in recent if old != pid][:7])
                 return pid, link
         return None
 
@@ -1472,7 +1473,7 @@ class Claims:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.live: dict[Any, "SysuserMilter"] = {}
-        self.past: OrderedDict[Any, None] = OrderedDict()
+        self.past: dict[Any, None] = {}
 
     def claim(self, cookie: Any, connection: "SysuserMilter") -> None:
         """Note that a connection was found to be this socket; both are marked if another was."""
@@ -1488,9 +1489,7 @@ class Claims:
         with self.lock:
             if self.live.get(cookie) is connection:
                 del self.live[cookie]
-            self.past[cookie] = None
-            if len(self.past) > MOST_REMEMBERED:
-                self.past.popitem(last=False)
+            remember(self.past, cookie, None)
 
 
 class SysuserMilter(Milter.Base):  # type: ignore[misc]
@@ -1706,6 +1705,7 @@ def unidentified() -> Verdict:
 
 
 # ------------------------------------------------------------------------------------------------- --check
+HELPER_CURE = "start as root, or allow CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (both) to the container or unit"
 LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where this is started as root"
 
 
@@ -1769,15 +1769,15 @@ def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    allowed = lsof_allowed()
     if stranger is None:
         report("users and programs of others", "not tried, no other user has a connection now",
                "run this as root" + (", with CAP_SETUID" if privileged else ""))
-        report("programs: sudo lsof", "" if allowed else "not allowed", LSOF_CURE)
+        if not channel:
+            report("programs: sudo lsof", "" if lsof_allowed() else "not allowed", LSOF_CURE)
         return
     owner = check_owner(report, stranger)
     if owner:
-        check_programs(report, owner, channel, allowed)
+        check_programs(report, owner, channel)
 
 
 def check_owner(report: Report, stranger: tuple[Endpoint, Endpoint, int]) -> Optional[Owner]:
@@ -1796,23 +1796,30 @@ def check_owner(report: Report, stranger: tuple[Endpoint, Endpoint, int]) -> Opt
     return None
 
 
-def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket], allowed: bool) -> None:
-    """Find the program through the helper (channel) and through sudo lsof (allowed), those that are there first."""
-    ways = [("the helper", Describer(channel, False, Workers(1, 1)) if channel else None,
-             "start as root, or allow CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (both) to the container or unit"),
-            ("sudo lsof", Describer(None, True, Workers(1, 1)) if allowed else None, LSOF_CURE)]
+def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket]) -> None:
+    """Find the program through the helper (channel) or, where that fails, through sudo lsof."""
+    if channel and check_way(report, "the helper", HELPER_CURE, Describer(channel, False, Workers(1, 1)), owner):
+        report("programs: sudo lsof, not needed")  # and not asked about: a refusal is mailed to root
+        return
     seen = False
-    for what, describer, cure in sorted(ways, key=lambda way: way[1] is None):
-        began = time.perf_counter()
-        facts = describer.wait(describer.ask(owner)) if describer else {"why": "not there"}
-        took = (time.perf_counter() - began) * 1e6
-        if "why" not in facts:
-            report(f"programs: {what}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}")
-        elif seen and not describer:
-            report(f"programs: {what}, not there and not needed")
-        else:
-            report(f"programs: {what}", facts["why"], cure)
-        seen = seen or "why" not in facts
+    if lsof_allowed():
+        seen = check_way(report, "sudo lsof", LSOF_CURE, Describer(None, True, Workers(1, 1)), owner)
+    else:
+        report("programs: sudo lsof", "not there", LSOF_CURE)
+    if not channel:
+        report("programs: the helper" + ", not there and not needed" * seen, "" if seen else "not there", HELPER_CURE)
+
+
+def check_way(report: Report, what: str, cure: str, describer: Describer, owner: Owner) -> bool:
+    """Find the program in one way; tell whether that worked."""
+    began = time.perf_counter()
+    facts = describer.wait(describer.ask(owner))
+    took = (time.perf_counter() - began) * 1e6
+    if "why" in facts:
+        report(f"programs: {what}", facts["why"], cure)
+    else:
+        report(f"programs: {what}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}")
+    return "why" not in facts
 
 
 def postconf(*arguments: str) -> dict[str, str]:

@@ -219,8 +219,16 @@ def setuid_cat(site: Site) -> str:
 @contextlib.contextmanager
 def stopped(site: Site) -> Iterator[None]:
     """Hold the milter, so that what happens meanwhile surely comes before its next step."""
+    def all_stopped() -> bool:
+        try:
+            return all((task / "stat").read_text().rpartition(") ")[2][0] == "T"
+                       for task in pathlib.Path(f"/proc/{site.milter.pid}/task").iterdir())
+        except FileNotFoundError:  # one has just ended
+            return False
+
     os.kill(site.milter.pid, signal.SIGSTOP)
     try:
+        mta.wait_for(all_stopped, what="all threads to stop")  # one hears of it first, and tells the others
         yield
     finally:
         os.kill(site.milter.pid, signal.SIGCONT)

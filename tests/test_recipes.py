@@ -22,7 +22,7 @@ HEADER = "X-Sender-Process-Info"
 JOURNALCTL = r"""#!/bin/sh
 case "$*" in
     "-u milter_sysuser -o cat" | "-u milter_sysuser -o cat --since today") exec sed 's/^<[0-9]>//' "$MILTER_LOG" ;;
-    "-t postfix/pickup -o cat") exec sed -n 's/^.* postfix\/pickup\[[0-9]*\]: //p' "$POSTFIX_LOG" ;;
+    "-t postfix/pickup _UID=$(id -u postfix) -o cat") exec sed -n 's/^.* postfix\/pickup\[[0-9]*\]: //p' "$POSTFIX_LOG" ;;
     *) echo "journalctl $*: what is that?" >&2; exit 2 ;;
 esac
 """
@@ -87,6 +87,19 @@ def test_the_sender_of_a_queue_id_is_found(make_logged: Callable, administrator:
     mta.run_as("mst-alice", mta.smtp(mail.postfix.port, "--mail-from", f"{queue_id}@example.org"))
     mail.milter.wait_lines("action=", 2)
     commands, = recipe("Find who sent a message")
+    answer = administrator(mail, commands, queue_id=queue_id)
+    assert answer.count("\n") == 1 and answer.startswith(f"{queue_id}: client=") and " user=mst-bob " in answer
+
+
+def test_a_file_serves_in_the_place_of_the_journal(make_mail: Callable, administrator: Callable,
+                                                   users: types.SimpleNamespace) -> None:
+    """With the filter from the README its lines begin with the queue id, too; no sender can make one up."""
+    mail = make_mail()
+    said = mta.run_as("mst-bob", mta.smtp(mail.postfix.port, "--mail-from", '" INFO 4FAKE: client="@example.org')).stdout
+    queue_id = re.search(r"queued as (\w+)", said)[1]
+    mail.milter.wait_lines("action=", 1)
+    instead = re.search(r"`(sed [^`]* FILE)` in the place", README.read_text())[1].replace("FILE", '"$MILTER_LOG"')
+    commands = recipe("Find who sent a message")[0].replace("journalctl -u milter_sysuser -o cat", instead)
     answer = administrator(mail, commands, queue_id=queue_id)
     assert answer.count("\n") == 1 and answer.startswith(f"{queue_id}: client=") and " user=mst-bob " in answer
 
