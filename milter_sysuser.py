@@ -155,6 +155,7 @@ CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19  # both, to see what files other use
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
 FILEID_KERNFS = 0xFE
+M_ARENA_MAX = -8  # malloc.h of glibc
 
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
@@ -1964,6 +1965,8 @@ def run() -> int:
         return 1
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a few
+    if hasattr(LIBC, "mallopt"):  # glibc: else each thread gets a heap of its own, and memory creeps up
+        LIBC.mallopt(M_ARENA_MAX, 1)
     prepare(account(run_as_user))
     os.umask(0o177)  # the socket's mode, as bind(2) takes it
     os.chdir("/")
