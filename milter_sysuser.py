@@ -130,16 +130,18 @@ LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in 
 MOST_FORGED = 100  # removing n headers takes the MTA n * n steps
 HELPER_SECONDS = 0.3  # what a connection waits at most for its description, its turn included
 MOST_WAITING = 1000  # questions that the helper has taken and not answered yet
-SEARCH_SECONDS, SEARCH_LINKS = 0.2, 150_000  # what one search may cost; a link is read in about 1 us
+SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost; a descriptor is listed, and then read
 HOT_SECONDS = 2.0  # how long a user whose search ran over that waits for the next, so that others get theirs
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; one argument may be 128 KiB
 ARGS_SECONDS = 0.05  # reading a command line can be made to hang
 FACT_BYTES = 512  # of each fact from the process table
 VALUE_CHARACTERS = 256  # of each value in a header, reply or log line
 LINE_OCTETS = 998  # RFC 5322, 2.1.1
+LINE_BYTES = 4000  # of a line in the log: a pipe that is ready takes a page
 NAME_SECONDS, REFRESH_SECONDS = 0.3, 60  # to wait for a name that is not known yet; to believe one that is
 MOST_REMEMBERED = 10_000  # users or sockets in each memory; the longest unused is forgotten first
 MOST_FILE_BYTES = 1 << 20
+MOST_FILES = 65536  # open at once; each connection takes a few, and lsof closes as many one by one before it begins
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h, linux/tcp.h, net/tcp_states.h
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
@@ -159,6 +161,7 @@ M_ARENA_MAX = -8  # malloc.h of glibc
 
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
+LIBC_UNLOCKED = ctypes.CDLL(None, use_errno=True)
 idle_netlink: deque[int] = deque()  # sockets to ask the kernel through, each used by one thread at a time
 BARE = re.compile(rb"[A-Za-z0-9._+@/:-]+")
 ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*][^\s\x00-\x1f\x7f\ud800-\udfff:#*]*")
@@ -196,7 +199,7 @@ class Owner(NamedTuple):
     server: Endpoint = Endpoint(b"", 0)  # the MTA's end
     interface: int = 0  # the index under which the kernel found it
     read: int = 0  # bytes the MTA had read from the connection when this was asked
-    holder: Optional[psutil.Process] = None  # only where there is no sock_diag
+    process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
 
 
 class Person(NamedTuple):
@@ -512,15 +515,20 @@ def read_entries(path: str, owner: int) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------- log
+saying = threading.RLock()  # a signal's handler may speak while the same thread does
+
+
 def say(level: int, text: str) -> None:
     """Write one line to stderr: for journald with its level (sd-daemon(3)), else with time and level.
 
     What strangers control in it has been quoted before. A full disk or a closed pipe must not reach the mail.
     """
     stamp = f"<{level}>" if journalled() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
+    data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
     try:
-        if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
-            os.write(2, (stamp + text + "\n").encode("utf-8", "backslashreplace"))
+        with saying:  # a pipe that takes one line might not take two
+            if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
+                os.write(2, data)
     except OSError:
         pass
 
@@ -528,10 +536,7 @@ def say(level: int, text: str) -> None:
 @functools.lru_cache(maxsize=1)
 def journalled() -> bool:
     """Tell whether stderr is the journal's: JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
-    try:
-        status = os.fstat(2)
-    except OSError:
-        return False
+    status = os.fstat(2)  # which is there, see main
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
@@ -567,7 +572,8 @@ def sock_diag(request: bytes) -> list[Diag]:
     """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 9 us.
 
     Through ctypes, which keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
-    lock up and get it back costs several times as much where many connections are under way.
+    lock up and get it back costs several times as much where many connections are under way. A dump goes through all
+    sockets of the host, which takes milliseconds, and gives it up.
     """
     found: list[Diag] = []
     dump = struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP
@@ -577,15 +583,14 @@ def sock_diag(request: bytes) -> list[Diag]:
     except IndexError:
         netlink = checked(LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG))
     try:
-        more = bool(checked(LIBC.send(netlink, request, len(request), 0)))
+        library = LIBC_UNLOCKED if dump else LIBC
+        checked(library.send(netlink, request, len(request), 0))
+        more = True
         while more:
-            length = checked(LIBC.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT))
-            more = bool(dump)
-            for reply in diag_replies(ctypes.string_at(answer, length)):
-                if reply is None:
-                    more = False
-                else:
-                    found.append(reply)
+            length = checked(library.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT))
+            replies = list(diag_replies(ctypes.string_at(answer, length)))
+            found += filter(None, replies)
+            more = bool(dump) and None not in replies
     except FileNotFoundError:
         pass  # an answer like any other
     except BaseException:
@@ -660,8 +665,9 @@ def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
     if diag is None and not is_local(client.address):
         return None
     for index, _ in socket.if_nameindex() if diag is None else ():
-        if diag is None:
-            interface, diag = index, find_socket(client, server, index)
+        interface, diag = index, find_socket(client, server, index)
+        if diag:
+            break
     if diag is None:
         accepted = find_socket(server, client, 0)
         return Owner(None, "redirected" if accepted and accepted.inode else "closed")
@@ -678,9 +684,9 @@ def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
 def same_socket(client: Endpoint, owner: Owner) -> str:
     """Ask again, when the message is complete; give the reason why the owner must not be believed, or "".
 
-    While the MTA's end lives, no other socket can become the client's end. Another pair that has taken their place
-    since has another cookie. From one that took it before the first look, the MTA has read nothing since: it waits
-    for the milter to see that one, too, and then both are known to be shared.
+    Only the MTA's end is asked about: while it lives, the client's end cannot change hands. A pair that has come in
+    their place since the first look has another cookie. From one that came before it the MTA reads nothing (past a TLS
+    handshake at once) until it has shown that one to the milter, too, and then both are known to be shared.
     """
     accepted = find_socket(owner.server, client, owner.interface)
     if accepted is None:
@@ -712,6 +718,8 @@ def same_socket_psutil(client: Endpoint, owner: Owner) -> str:
 
 def kernel_problem() -> str:
     """Try sock_diag on a connection of our own; give what is wrong, or ""."""
+    if not LINUX:
+        return "there is no sock_diag here"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as connection:
             client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
@@ -923,6 +931,8 @@ class BlockList:
             self.signature = signature if abs(time.time() - status.st_ctime) > 1 else None
             entries, self.problem = read_entries(self.path, self.owner), ""
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                self.signature = None  # it may pass without a change of the file
             if str(error) != self.problem:
                 self.problem = str(error)
                 say(ERROR, f"blocked_mailusers_file: the last good list stays in force: {quote(self.problem)}")
@@ -1003,9 +1013,10 @@ class Finder:
             # What is read through this directory is of one process, even if its number is given to another now.
             process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
             try:
+                holder = os.fstat(process).st_uid  # first: of one that has ended it says 0
                 if os.readlink(path, dir_fd=process) != target:
                     return {"why": "gone"}
-                holders = {os.fstat(process).st_uid} | (self._strangers(target) if uid == 0 else set())
+                holders = {holder} | (self._strangers(target) if uid == 0 else set())
                 return {"pid": pid, **describe(process, self.wanted), "holders": sorted(holders)[:FACT_BYTES]}
             finally:
                 os.close(process)
@@ -1033,6 +1044,7 @@ class Finder:
         for source in sources:
             for pid in source():
                 if pid not in mine and pid not in others:
+                    self._spend()
                     if owner_of(pid) == uid:
                         mine[pid] = None
                         yield pid, "fd"
@@ -1060,13 +1072,17 @@ class Finder:
             self.denied |= isinstance(error, PermissionError)  # else it has ended
             return None
         try:
-            for descriptor in reversed(os.listdir(directory)):  # what was opened last stands last
+            descriptors = []
+            for entry in os.scandir(directory):
+                self._spend()
+                descriptors.append(entry.name)
+            for descriptor in reversed(descriptors):  # what was opened last stands last
                 self._spend()
                 try:
                     if os.readlink(descriptor, dir_fd=directory) == target:
                         return f"{table}/{descriptor}"
-                except OSError:
-                    pass  # closed meanwhile
+                except OSError as error:
+                    self.denied |= isinstance(error, PermissionError)  # else it was closed meanwhile
         except OSError:
             pass  # it has ended
         finally:
@@ -1097,7 +1113,7 @@ def thread_tables(pid: int) -> Iterator[str]:
 
 
 def describe(process: int, wanted: Iterable[str]) -> Facts:
-    """Say what a process is, given its open directory in /proc.
+    """Say what a process is, given its open directory in /proc; OSError if it has ended.
 
     Never through its memory, as psutil's name() and exe() may, for its owner can make that hang for ever.
     """
@@ -1113,7 +1129,8 @@ def describe(process: int, wanted: Iterable[str]) -> Facts:
             elif field == "args":
                 facts[field] = read_args(process)
         except OSError:
-            pass  # not to be seen from here: it stays unknown
+            if field == "program":  # which is there as long as the process is
+                raise
     return facts
 
 
@@ -1141,7 +1158,7 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 
 
 def read_args(process: int) -> Optional[str]:
-    """Read a command line in a child that is killed when it is late; None if it was."""
+    """Read a command line in a child that is killed when it is late (Linux 5.3); None if it was, or there is none."""
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
@@ -1154,7 +1171,7 @@ def read_args(process: int) -> Optional[str]:
         far.close()
         near.settimeout(ARGS_SECONDS)
         try:
-            return near.recv(FACT_BYTES).rstrip(b" ").decode("utf-8", "surrogateescape")
+            return near.recv(FACT_BYTES).rstrip(b" ").decode("utf-8", "surrogateescape") or None
         except socket.timeout:
             return None
         finally:
@@ -1271,7 +1288,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
         os.dup2(null, 1)
         os.closerange(3, far.fileno())
         os.closerange(far.fileno() + 1, 1 + max(map(int, os.listdir("/proc/self/fd" if LINUX else "/dev/fd"))))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
         if LINUX:
             LIBC.prctl(PR_SET_KEEPCAPS, 1)
@@ -1282,7 +1299,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it forgets this
         if os.getppid() == parent:
             serve(far, Finder(WANTED))
-    except OSError:
+    except ConnectionError:
         pass  # the milter has ended between question and answer
     except Exception:
         traceback.print_exc()
@@ -1316,8 +1333,8 @@ class Describer:
         number, seconds, why, channel = next(self.numbers), HELPER_SECONDS, "", self.channel
         self.answers[number] = None
         try:
-            if owner.holder:
-                self.answers[number] = describe_psutil(owner.holder, WANTED)
+            if owner.process:
+                self.answers[number] = describe_psutil(owner.process, WANTED)
             elif owner.inode == 0:
                 why = "gone"
             elif channel:
@@ -1330,7 +1347,7 @@ class Describer:
         except (BlockingIOError, queue.Full):
             why = "busy"
         except (OSError, psutil.Error):  # the helper has just ended, or that process has
-            why = "gone" if owner.holder else "no-helper"
+            why = "gone" if owner.process else "no-helper"
         if why:
             self._settle(number, {"why": why})
         return Question(number, time.monotonic() + seconds)
@@ -1351,7 +1368,7 @@ class Describer:
             if self.late or time.monotonic() > question.deadline:
                 break
         facts = self.answers.get(question.number)
-        # After a timeout nobody waits until the helper has answered something.
+        # After a timeout nobody waits, until an answer has been had.
         self.late = facts is None and self.channel is not None
         return {"why": "timeout"} if facts is None else facts
 
@@ -1416,7 +1433,7 @@ def run_lsof(pids: Iterable[int]) -> Optional[subprocess.CompletedProcess[bytes]
                 lsof.terminate()  # sudo passes this on; killed, it would leave lsof running
             except PermissionError:
                 pass
-            lsof.communicate()  # this thread is its place among the few until it has ended
+            lsof.communicate()  # keeps this thread until sudo has ended: never more than LSOF_PROCESSES run
             return None
 
 
@@ -1426,7 +1443,7 @@ def ask_lsof(owner: Owner) -> Facts:
     for pid in psutil.pids():
         uid = owner_of(pid)
         (own if uid == owner.uid else others).append(pid)
-    # Root's sockets may have been handed down: everyone is asked about. Otherwise its owner's processes do.
+    # Root's sockets may have been handed down: everyone is asked about. Else its owner's processes are enough.
     pids = (own + (others if owner.uid == 0 else []))[:LSOF_PIDS]
     if not pids:  # an empty list would mean every process
         return {"why": "not-found"}
@@ -1563,7 +1580,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
     @Milter.noreply  # type: ignore[untyped-decorator]
     def header(self, name: str, value: str) -> int:
         """Note a header that only we may write."""
-        if name.strip().lower() == header_name.lower():
+        if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
         return int(Milter.CONTINUE)
 
@@ -1619,7 +1636,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         stranger = next((holder for holder in holders if not person or holder.uid != person.uid), None)
         if person is None:  # a delegated uid that is an account, too
             why = why or "error"
-        if owner.uid == 0 and not why and not owner.holder and self.peer:
+        if owner.uid == 0 and not why and not owner.process and self.peer:
             why = handed_down(self.peer.port, facts)
         suspects = (person or Person(owner.uid), *holders)
         if why or person is None:
@@ -1662,14 +1679,14 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         if verdict.action in REFUSALS:
             self.setreply(*REFUSALS[verdict.action], verdict.text.replace("%", "\\x25"))
             return
+        if verdict.action == "quarantine":
+            self.quarantine(verdict.text)
         for index in range(len(self.forged), 0, -1):
             self.chgheader(self.forged[index - 1], index, "")
         if self.owner and header_fields:
             values = sender_values(sender)
             words = key_values((field, values.get(field)) for field in header_fields)
             self.addheader(header_name, fold(words, len(header_name) + 2))
-        if verdict.action == "quarantine":
-            self.quarantine(verdict.text)
 
 
 def sender_values(sender: Sender) -> Facts:
@@ -1757,7 +1774,7 @@ def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
     """Try each way of looking up, in the uid the milter will have, on another user's connection."""
     problem = kernel_problem()
     cure = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
-    if LINUX and mapped_uids() <= 65536:
+    if mapped_uids() <= 65536:
         problem = "this user namespace maps too few uids to tell users apart"
     report("users: the kernel (sock_diag)", problem, cure, bool(problem))
     if problem:
@@ -1798,17 +1815,16 @@ def check_owner(report: Report, stranger: tuple[Endpoint, Endpoint, int]) -> Opt
 
 
 def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket]) -> None:
-    """Find the program through the helper (channel) or, where that fails, through sudo lsof."""
-    if channel and check_way(report, "the helper", HELPER_CURE, Describer(channel, False, Workers(1, 1)), owner):
-        report("programs: sudo lsof, not needed")  # and not asked about: a refusal is mailed to root
+    """Find the program as the milter will: through the helper (channel) or through sudo lsof."""
+    if channel:  # sudo is not asked: a refusal is mailed to root
+        check_way(report, "the helper", HELPER_CURE, Describer(channel, False, Workers(1, 1)), owner)
         return
     seen = False
     if lsof_allowed():
         seen = check_way(report, "sudo lsof", LSOF_CURE, Describer(None, True, Workers(1, 1)), owner)
     else:
         report("programs: sudo lsof", "not there", LSOF_CURE)
-    if not channel:
-        report("programs: the helper" + ", not there and not needed" * seen, "" if seen else "not there", HELPER_CURE)
+    report("programs: the helper" + ", not there and not needed" * seen, "" if seen else "not there", HELPER_CURE)
 
 
 def check_way(report: Report, what: str, cure: str, describer: Describer, owner: Owner) -> bool:
@@ -1895,7 +1911,7 @@ def check(problems: list[str]) -> int:
 # ---------------------------------------------------------------------------------------------------- main
 def start_problem() -> str:
     """Say why the milter cannot start here although its settings are well, or ""."""
-    if LINUX and mapped_uids() <= 65536:
+    if mapped_uids() <= 65536:
         return "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
     if os.path.lexists(socketname):
         with socket.socket(socket.AF_UNIX) as probe:
@@ -1964,7 +1980,8 @@ def run() -> int:
         say(ERROR, problem)
         return 1
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a few
+    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(LIBC, "mallopt"):  # glibc: else each thread gets a heap of its own, and memory creeps up
         LIBC.mallopt(M_ARENA_MAX, 1)
     prepare(account(run_as_user))
@@ -1978,11 +1995,7 @@ def run() -> int:
         signal.signal(number, stop)
     threading.Thread(target=announce, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # before libmilter waits for them
-    outcome: list[int] = []
-    server = threading.Thread(target=lambda: outcome.append(serve_mta()), daemon=True)
-    server.start()
-    server.join()
-    return outcome.pop() if outcome else 1
+    return int(Workers(1, 1).submit(serve_mta).result())
 
 
 def serve_mta() -> int:

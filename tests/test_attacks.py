@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import pwd
 import re
 import shutil
 import signal
@@ -771,6 +772,30 @@ def test_a_socket_that_closed_between_finding_and_describing_is_gone(root: None,
     inode, first = os.fstat(held.fileno()).st_ino, script.Finder._first
     monkeypatch.setattr(script.Finder, "_first", lambda *args: (first(*args), held.close())[0])
     assert finder.answer(os.geteuid(), inode, 0) == {"why": "gone"}
+
+
+def test_a_process_that_ends_while_it_is_described_is_not_roots(root: None, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel says of one that has ended looks like root's: it ends right after its link was read again."""
+    nobody, real = pwd.getpwnam("nobody"), os.readlink
+    listener = socket.create_server(("127.0.0.1", 0))
+    code = "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); print(1, flush=True); sys.stdin.read()"
+    client = mta.as_user(nobody.pw_name, [mta.PYTHON, "-c", code, str(listener.getsockname()[1])])
+    line(client, "1")
+    accepted, address = listener.accept()
+    owner = script.find_owner(script.endpoint(*address), script.endpoint(*listener.getsockname()))
+
+    def readlink(path: Any, *, dir_fd: Optional[int] = None) -> str:
+        target = real(path, dir_fd=dir_fd)
+        if str(path).startswith("fd/"):
+            client.kill()
+            client.wait()
+        return target
+    monkeypatch.setattr(script.os, "readlink", readlink)
+    assert owner.uid == nobody.pw_uid
+    assert script.Finder(["program"]).answer(owner.uid, owner.inode, owner.cgroup) == {"why": "gone"}
+    client.communicate()
+    accepted.close()
+    listener.close()
 
 
 # --- 7. headers that only the milter may write ------------------------------------------------------------------

@@ -15,7 +15,6 @@ import tempfile
 import types
 from typing import Any, Callable, Iterator, Optional
 
-import psutil
 import pytest
 
 import mta

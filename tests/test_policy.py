@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import pwd
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 from typing import Any, Callable, Iterator
 
@@ -301,6 +303,26 @@ def test_a_list_of_the_largest_size_holds_nobody_up(tmp_path: pathlib.Path) -> N
     spent = ms.time.thread_time()
     assert 239999 in block_list.now().uids
     assert ms.time.thread_time() - spent < 3  # CPU time of one thread; quadratic code takes minutes
+
+
+def test_a_change_that_could_not_be_read_at_once_is_read_later(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for want of a descriptor, at a time when the file is not so new that it is read again anyway."""
+    path = tmp_path / "blocked"
+    path.write_text("1001\n")
+    block_list = ms.BlockList([], str(path), 0, ms.Workers(1, 2))
+    assert block_list.now().uids == {1001}
+    replace(path, "1001\n1002\n")
+    later, read = time.time() + 10, ms.read_entries
+    monkeypatch.setattr(ms.time, "time", lambda: later)
+    errors = iter([OSError(errno.EMFILE, "Too many open files")])
+
+    def read_entries(*arguments: Any) -> Any:
+        for error in errors:
+            raise error
+        return read(*arguments)
+    monkeypatch.setattr(ms, "read_entries", read_entries)
+    assert block_list.now().uids == {1001}
+    assert block_list.now().uids == {1001, 1002}
 
 
 def test_changes_while_the_directory_hangs_are_not_undone_when_it_answers(tmp_path: pathlib.Path,
