@@ -1081,8 +1081,8 @@ class Finder:
                 try:
                     if os.readlink(descriptor, dir_fd=directory) == target:
                         return f"{table}/{descriptor}"
-                except OSError as error:
-                    self.denied |= isinstance(error, PermissionError)  # else it was closed meanwhile
+                except OSError:
+                    pass  # closed meanwhile; or not ours to see, which must not count as a reason to believe in root
         except OSError:
             pass  # it has ended
         finally:
@@ -1299,8 +1299,8 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it forgets this
         if os.getppid() == parent:
             serve(far, Finder(WANTED))
-    except ConnectionError:
-        pass  # the milter has ended between question and answer
+    except (ConnectionError, PermissionError):
+        pass  # the milter has ended between question and answer; or it cannot become the user either, and says so
     except Exception:
         traceback.print_exc()
     finally:
