@@ -161,7 +161,7 @@ M_ARENA_MAX = -8  # malloc.h of glibc
 
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
-LIBC_UNLOCKED = ctypes.CDLL(None, use_errno=True)
+LIBC_UNLOCKED = ctypes.CDLL(None, use_errno=True)  # CDLL: they give it up
 idle_netlink: deque[int] = deque()  # sockets to ask the kernel through, each used by one thread at a time
 BARE = re.compile(rb"[A-Za-z0-9._+@/:-]+")
 ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*][^\s\x00-\x1f\x7f\ud800-\udfff:#*]*")
@@ -252,12 +252,14 @@ def escape(data: bytes) -> str:
     return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in data)
 
 
-@functools.lru_cache(maxsize=1024)  # the same few stand in every line
 def quote(value: Any) -> str:
     """Make a value fit for a header, a reply or a log line; None is written "?"."""
-    if value is None:
-        return "?"
-    text = value if isinstance(value, (bytes, str)) else str(value)
+    return "?" if value is None else quoted(value if isinstance(value, bytes) else str(value))
+
+
+@functools.lru_cache(maxsize=1024)  # the same few stand in every line
+def quoted(text: "bytes | str") -> str:
+    """Do what quote does, for bytes and text."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape" if not re.search(
         "[\ud800-\udc7f\udd00-\udfff]", text) else "surrogatepass")
     if len(data) <= VALUE_CHARACTERS and BARE.fullmatch(data):
@@ -569,11 +571,11 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
 
 # -------------------------------------------------------------------------------------- the kernel's answer
 def sock_diag(request: bytes) -> list[Diag]:
-    """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 9 us.
+    """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 13 us.
 
     Through ctypes, which keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
     lock up and get it back costs several times as much where many connections are under way. A dump goes through all
-    sockets of the host, which takes milliseconds, and gives it up.
+    sockets of the host, which takes up to milliseconds, and gives it up.
     """
     found: list[Diag] = []
     dump = struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP
@@ -596,7 +598,10 @@ def sock_diag(request: bytes) -> list[Diag]:
     except BaseException:
         LIBC.close(netlink)  # what is left in it would be taken for the answer to the next question
         raise
-    idle_netlink.append(netlink)
+    if dump:  # many can be under way at once, and as many sockets would be kept
+        LIBC.close(netlink)
+    else:
+        idle_netlink.append(netlink)
     return found
 
 
@@ -1073,9 +1078,10 @@ class Finder:
             return None
         try:
             descriptors = []
-            for entry in os.scandir(directory):
-                self._spend()
-                descriptors.append(entry.name)
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    self._spend()
+                    descriptors.append(entry.name)
             for descriptor in reversed(descriptors):  # what was opened last stands last
                 self._spend()
                 try:
@@ -1128,8 +1134,10 @@ def describe(process: int, wanted: Iterable[str]) -> Facts:
                 facts[field] = unit_of(read_file("cgroup", process))
             elif field == "args":
                 facts[field] = read_args(process)
+        except PermissionError:
+            pass  # not to be seen from here: it stays unknown
         except OSError:
-            if field == "program":  # which is there as long as the process is
+            if field == "program":  # which is there as long as the process is; the others can be missing
                 raise
     return facts
 
@@ -1139,8 +1147,10 @@ def describe_psutil(process: psutil.Process, wanted: Iterable[str]) -> Facts:
     facts: Facts = {"pid": process.pid}
     if LINUX:
         directory = os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)
-        facts.update(describe(directory, set(wanted) - {"args"}))
-        os.close(directory)
+        try:
+            facts.update(describe(directory, set(wanted) - {"args"}))
+        finally:
+            os.close(directory)
     else:
         facts.update(program=process.name(), exe=process.exe(), dir=process.cwd())
     if not process.is_running():
@@ -1158,7 +1168,10 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 
 
 def read_args(process: int) -> Optional[str]:
-    """Read a command line in a child that is killed when it is late (Linux 5.3); None if it was, or there is none."""
+    """Read a command line in a child that is killed when it is late; None if it was, or there is none.
+
+    Before Linux 5.3 it cannot be killed while it hangs, and then the helper hangs with it.
+    """
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
@@ -1672,7 +1685,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         if self.owner:
             pairs += [("lookup", sender.why)] if sender.why else []
             pairs += [("holder", sender.holder.name or sender.holder.uid)] if sender.holder else []
-        say(INFO, f"{self.getsymval('i') or '?'}: {' '.join(key_values(pairs))}")
+        say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""
@@ -1819,12 +1832,12 @@ def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket
     if channel:  # sudo is not asked: a refusal is mailed to root
         check_way(report, "the helper", HELPER_CURE, Describer(channel, False, Workers(1, 1)), owner)
         return
-    seen = False
-    if lsof_allowed():
-        seen = check_way(report, "sudo lsof", LSOF_CURE, Describer(None, True, Workers(1, 1)), owner)
-    else:
+    if not lsof_allowed():
         report("programs: sudo lsof", "not there", LSOF_CURE)
-    report("programs: the helper" + ", not there and not needed" * seen, "" if seen else "not there", HELPER_CURE)
+    elif check_way(report, "sudo lsof", LSOF_CURE, Describer(None, True, Workers(1, 1)), owner):
+        report("programs: the helper, not there and not needed")
+        return
+    report("programs: the helper", "not there", HELPER_CURE)
 
 
 def check_way(report: Report, what: str, cure: str, describer: Describer, owner: Owner) -> bool:
