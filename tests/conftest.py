@@ -44,7 +44,7 @@ def root() -> None:
 def quiet_sudo() -> Iterator[None]:
     """Keep sudo from mailing the system's root about the refusals that tests provoke."""
     rule = pathlib.Path("/etc/sudoers.d/mst-quiet")
-    if os.geteuid() != 0 or not rule.parent.is_dir():
+    if not os.access(rule.parent, os.W_OK):
         yield
         return
     rule.touch(0o440)
