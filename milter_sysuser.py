@@ -24,6 +24,7 @@ if sys.version_info < (3, 9):
     sys.exit(78)
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import functools
@@ -527,12 +528,9 @@ def say(level: int, text: str) -> None:
     """
     stamp = f"<{level}>" if journalled() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
     data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
-    try:
-        with saying:  # a pipe that takes one line might not take two
-            if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
-                os.write(2, data)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), saying:  # a pipe that takes one line might not take two
+        if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
+            os.write(2, data)
 
 
 @functools.lru_cache(maxsize=1)
@@ -635,13 +633,11 @@ def is_local(address: bytes) -> bool:
     """Tell whether an address is this host's, by binding it (5 us); OSError if that cannot be told."""
     family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
     text = socket.inet_ntop(family, address)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         with open(f"/proc/sys/net/ipv{4 if len(address) == 4 else 6}/ip_nonlocal_bind", "rb") as file:
             if file.read().strip() != b"0":  # then everything can be bound
                 own = {a.address.split("%")[0] for nics in psutil.net_if_addrs().values() for a in nics}
                 return text in own or ipaddress.ip_address(address).is_loopback
-    except FileNotFoundError:
-        pass
     scopes = [index for index, _ in socket.if_nameindex()] if address[:1] == b"\xfe" else [0]
     for scope in scopes:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -1194,13 +1190,11 @@ def read_args(process: int) -> Optional[str]:
 
 def cgroup_mount() -> Optional[int]:
     """Open the place where cgroup v2 is mounted; None if it is not."""
-    try:
+    with contextlib.suppress(OSError, IndexError):
         with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 if line.split()[2] == "cgroup2":
                     return os.open(line.split()[1], os.O_RDONLY | os.O_DIRECTORY)
-    except (OSError, IndexError):
-        pass
     return None
 
 
@@ -1246,10 +1240,8 @@ def serve(channel: socket.socket, finder: Finder) -> None:
         number, uid, inode, cgroup = QUESTION.unpack(data)
         late = time.monotonic() - came > HELPER_SECONDS
         facts = {"why": "busy"} if late else finder.answer(uid, inode, cgroup)
-        try:
+        with contextlib.suppress(BlockingIOError):  # a milter that does not read its answers does without
             channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass  # a milter that does not read its answers does without
 
 
 def set_capabilities(wanted: Iterable[int]) -> None:
@@ -1442,10 +1434,8 @@ def run_lsof(pids: Iterable[int]) -> Optional[subprocess.CompletedProcess[bytes]
             output, complaint = lsof.communicate(timeout=LSOF_SECONDS)
             return subprocess.CompletedProcess([], lsof.returncode, output, complaint)
         except subprocess.TimeoutExpired:
-            try:
+            with contextlib.suppress(PermissionError):
                 lsof.terminate()  # sudo passes this on; killed, it would leave lsof running
-            except PermissionError:
-                pass
             lsof.communicate()  # keeps this thread until sudo has ended: never more than LSOF_PROCESSES run
             return None
 
@@ -1464,10 +1454,8 @@ def ask_lsof(owner: Owner) -> Facts:
         return {"why": "busy"}
     processes = {}
     for pid in pids:
-        try:
+        with contextlib.suppress(psutil.Error):
             processes[pid] = psutil.Process(pid)
-        except psutil.Error:
-            pass
     lsof = run_lsof(pids)
     if lsof is None:
         return {"why": "timeout"}
