@@ -506,15 +506,12 @@ def read_entries(path: str, owner: int) -> list[Any]:
         data = file.read(MOST_FILE_BYTES + 1)
     if len(data) > MOST_FILE_BYTES:
         raise ValueError(f"{path} is larger than {MOST_FILE_BYTES} bytes")
-    entries: list[Any] = []
-    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
-        entry = line.split("#", 1)[0].strip()
+    entries = [line.split("#", 1)[0].strip() for line in data.decode("utf-8").split("\n")]
+    for number, entry in enumerate(entries, 1):
         problem = entry and entry_problem(entry)
         if problem:
             raise ValueError(f"{path}, line {number}: {problem}")
-        if entry:
-            entries.append(entry)
-    return entries
+    return [entry for entry in entries if entry]
 
 
 # ---------------------------------------------------------------------------------------------------- log
