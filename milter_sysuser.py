@@ -116,8 +116,6 @@ log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 # ========================================================================================== end of settings
 
-SETTINGS = ("socketname", "timeout", "run_as_user", "blocked_mailusers", "blocked_mailusers_file", "blocked_action",
-            "unidentified_action", "hourly_limits", "header_name", "header_fields", "log_fields", "lsof_command")
 FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
 WANTED = tuple(field for field in FIELDS  # a setting that is no list is reported later
                if any(isinstance(chosen, list) and field in chosen for chosen in (header_fields, log_fields)))
@@ -2027,7 +2025,7 @@ def main() -> int:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number
-    problems = list(settings_problems({name: globals()[name] for name in SETTINGS}))
+    problems = list(settings_problems(globals()))
     if arguments.check:
         return check(problems)
     for problem in problems:
