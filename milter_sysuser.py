@@ -521,18 +521,13 @@ def say(level: int, text: str) -> None:
 
     What strangers control in it has been quoted before. A full disk or a closed pipe must not reach the mail.
     """
-    stamp = f"<{level}>" if journalled() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
+    status = os.fstat(2)  # which is there, see main; JOURNAL_STREAM has the journal's (systemd.exec(5))
+    journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    stamp = f"<{level}>" if journalled else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
     data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
     with contextlib.suppress(OSError), saying:  # a pipe that takes one line might not take two
         if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
             os.write(2, data)
-
-
-@functools.lru_cache(maxsize=1)
-def journalled() -> bool:
-    """Tell whether stderr is the journal's: JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
-    status = os.fstat(2)  # which is there, see main
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class Complaints:
