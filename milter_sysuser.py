@@ -735,13 +735,6 @@ def mapped_uids() -> int:
         return 1 << 32
 
 
-def ephemeral(port: int) -> bool:
-    """Tell whether the kernel gives out this port to clients by itself (net.ipv4.ip_local_port_range)."""
-    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-        low, high = map(int, file.read().split())
-    return low <= port <= high
-
-
 # ------------------------------------------------------------------------------------------- the directory
 class Workers:
     """A few threads for calls that can take long: a fixed number, behind a queue that has an end."""
@@ -1691,7 +1684,9 @@ def handed_down(port: int, facts: Facts) -> str:
 
     A listener or an accepted socket has its server's port; and whoever has it now, where that can be seen, is root.
     """
-    if not ephemeral(port) or set(facts.get("holders", (0,))) != {0}:
+    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+        low, high = map(int, file.read().split())  # the ports that the kernel gives to clients by itself
+    if not low <= port <= high or set(facts.get("holders", (0,))) != {0}:
         return "handed-down"
     return "" if "holders" in facts or facts.get("why") in ("not-permitted", "no-helper") else str(facts.get("why"))
 
