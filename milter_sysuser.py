@@ -1802,27 +1802,19 @@ def check_owner(report: Report, stranger: tuple[Endpoint, Endpoint, int]) -> Opt
 
 def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket]) -> None:
     """Find the program as the milter will: through the helper (channel) or through sudo lsof."""
-    if channel:  # sudo is not asked: a refusal is mailed to root
-        check_way(report, "the helper", HELPER_CURE, Describer(channel, False, Workers(1, 1)), owner)
-        return
-    if not lsof_allowed():
-        report("programs: sudo lsof", "not there", LSOF_CURE)
-    elif check_way(report, "sudo lsof", LSOF_CURE, Describer(None, True, Workers(1, 1)), owner):
+    facts, took = {"why": "not there"}, 0.0
+    if channel or lsof_allowed():  # with a helper, sudo is not asked: a refusal is mailed to root
+        describer = Describer(channel, not channel, Workers(1, 1))
+        began = time.perf_counter()
+        facts = describer.wait(describer.ask(owner))
+        took = (time.perf_counter() - began) * 1e6
+    way, cure = ("programs: the helper", HELPER_CURE) if channel else ("programs: sudo lsof", LSOF_CURE)
+    found = f"{way}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}"
+    report(way if "why" in facts else found, facts.get("why", ""), cure)
+    if not channel and "why" in facts:
+        report("programs: the helper", "not there", HELPER_CURE)
+    elif not channel:
         report("programs: the helper, not there and not needed")
-        return
-    report("programs: the helper", "not there", HELPER_CURE)
-
-
-def check_way(report: Report, what: str, cure: str, describer: Describer, owner: Owner) -> bool:
-    """Find the program in one way; tell whether that worked."""
-    began = time.perf_counter()
-    facts = describer.wait(describer.ask(owner))
-    took = (time.perf_counter() - began) * 1e6
-    if "why" in facts:
-        report(f"programs: {what}", facts["why"], cure)
-    else:
-        report(f"programs: {what}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}")
-    return "why" not in facts
 
 
 def postconf(*arguments: str) -> dict[str, str]:
