@@ -1906,13 +1906,9 @@ def start_problem() -> str:
 
 def announce() -> None:
     """Tell the service manager that the socket is there (sd_notify(3)), when it is."""
-    while True:
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(socketname)
-                break
-            except OSError:
-                time.sleep(0.02)
+    with socket.socket(socket.AF_UNIX) as probe:
+        while probe.connect_ex(socketname):
+            time.sleep(0.02)
     say(INFO, f"listening on {socketname}")
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
