@@ -1830,21 +1830,21 @@ def postconf(*arguments: str) -> dict[str, str]:
 
 def check_postfix(report: Report) -> None:
     """Look whether Postfix uses this socket, and gives no one here the right to make up a client's address."""
-    main = postconf("-x")
-    if not main:
+    settings = postconf("-x")
+    if not settings:
         report("Postfix", "postconf is not there to ask", "with Postfix, run this with /usr/sbin in PATH")
         return
-    services = postconf("-Px")
-    names = [value for name, value in {**main, **services}.items() if name.split("/")[-1] == "smtpd_milters"]
-    socket_names = re.findall(r"unix:([^\s,{}]+)", " ".join(names))
-    used = any(os.path.join(main.get("queue_directory", "/"), name) == socketname for name in socket_names)
-    short = os.path.relpath(socketname, main.get("queue_directory", "/"))
+    settings.update(postconf("-Px"))  # of services in master.cf, as SERVICE/TYPE/NAME
+    milters = " ".join(value for name, value in settings.items() if name.split("/")[-1] == "smtpd_milters")
+    spool = settings.get("queue_directory", "/")
+    used = any(os.path.join(spool, path) == socketname for path in re.findall(r"unix:([^\s,{}]+)", milters))
+    short = os.path.relpath(socketname, spool)
     report("Postfix: smtpd_milters names this socket", "" if used else "it does not",
            f"postconf -e 'smtpd_milters = {{ unix:{short}, default_action=accept }}', beside what is there now")
-    early = main.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
+    early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
            "postconf -e smtpd_forbid_unauth_pipelining=yes")
-    for name, value in {**main, **services}.items():
+    for name, value in settings.items():
         kind = name.split("/")[-1]
         if value and (kind.endswith("_upstream_proxy_protocol") or
                       kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
@@ -1859,14 +1859,12 @@ def may_be_local(hosts: str) -> bool:
     """Tell whether a list of hosts can include an address of this host; a table or a host name can."""
     own = {ipaddress.ip_address(a.address.split("%")[0]) for nics in psutil.net_if_addrs().values() for a in nics
            if a.family in (socket.AF_INET, socket.AF_INET6)} | set(map(ipaddress.ip_address, ("127.0.0.1", "::1")))
-    for word in filter(None, re.split(r"[\s,]+", hosts)):
-        try:
-            network = ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
-        except ValueError:
-            return True
-        if any(address in network for address in own):
-            return True
-    return False
+    try:
+        networks = [ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
+                    for word in re.split(r"[\s,]+", hosts) if word]
+    except ValueError:
+        return True
+    return any(address in network for network in networks for address in own)
 
 
 def check(problems: list[str]) -> int:
