@@ -162,7 +162,6 @@ LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
 LIBC_UNLOCKED = ctypes.CDLL(None, use_errno=True)  # CDLL: they give it up
 idle_netlink: deque[int] = deque()  # sockets to ask the kernel through, each used by one thread at a time
-BARE = re.compile(rb"[A-Za-z0-9._+@/:-]+")
 ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*][^\s\x00-\x1f\x7f\ud800-\udfff:#*]*")
 
 
@@ -261,7 +260,7 @@ def quoted(text: "bytes | str") -> str:
     """Do what quote does, for bytes and text."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape" if not re.search(
         "[\ud800-\udc7f\udd00-\udfff]", text) else "surrogatepass")
-    if len(data) <= VALUE_CHARACTERS and BARE.fullmatch(data):
+    if len(data) <= VALUE_CHARACTERS and re.fullmatch(rb"[A-Za-z0-9._+@/:-]+", data):
         return data.decode()
     pieces = [escape(b"\\" + bytes([b]) if b in b'"\\' else bytes([b])) for b in data[:VALUE_CHARACTERS + 1]]
     lengths = list(itertools.accumulate(map(len, pieces)))
@@ -456,14 +455,13 @@ def user_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     elif user and os.geteuid() not in (0, user.pw_uid):
         yield "run_as_user", f"started under uid {os.geteuid()}, which is neither root nor that user"
     file = values["blocked_mailusers_file"]
-    if file is not None:
-        if not isinstance(file, str) or not file.startswith("/"):
-            yield "blocked_mailusers_file", "must be an absolute path, or None"
-        else:
-            try:
-                read_entries(file, user.pw_uid if user else os.geteuid())
-            except (OSError, ValueError) as error:
-                yield "blocked_mailusers_file", str(error)
+    if isinstance(file, str) and file.startswith("/"):
+        try:
+            read_entries(file, user.pw_uid if user else os.geteuid())
+        except (OSError, ValueError) as error:
+            yield "blocked_mailusers_file", str(error)
+    elif file is not None:
+        yield "blocked_mailusers_file", "must be an absolute path, or None"
     limits = values["hourly_limits"]
     if not isinstance(limits, dict):
         yield "hourly_limits", 'must be like {"*": 200, "root": None}'
@@ -1190,8 +1188,7 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
     if directory < 0:
         return []
     try:
-        procs = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        with open(procs, "rb") as file:
+        with open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
             return [int(pid) for pid in file.read().split()]
     except OSError:
         return []
@@ -1916,8 +1913,8 @@ def announce() -> None:
 
 def prepare(user: Optional[pwd.struct_passwd]) -> None:
     """Fork the helper, drop privilege, and set up what all connections share; in this order."""
-    privileged, root = sees_others(), os.geteuid() == 0
-    by_lsof = None if root else lsof_allowed()
+    privileged = sees_others()
+    by_lsof = None if os.geteuid() == 0 else lsof_allowed()
     channel = None if by_lsof and not privileged else fork_helper(user)
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
@@ -1928,10 +1925,8 @@ def prepare(user: Optional[pwd.struct_passwd]) -> None:
     programs = "the helper" if privileged else "sudo lsof" if channel is None else (
         "the helper without the privilege to see other users' processes")
     say(INFO, f"version {VERSION}: users from {users}; programs through {programs}")
-    names = Workers(4, MOST_REMEMBERED)
-    owner = user.pw_uid if user else os.geteuid()
-    SysuserMilter.directory = Directory(names)
-    SysuserMilter.block_list = BlockList(blocked_mailusers, blocked_mailusers_file, owner, Workers(1, 2))
+    SysuserMilter.directory = Directory(Workers(4, MOST_REMEMBERED))
+    SysuserMilter.block_list = BlockList(blocked_mailusers, blocked_mailusers_file, os.geteuid(), Workers(1, 2))
     SysuserMilter.limits = Limits(hourly_limits)
     SysuserMilter.describer = Describer(channel, by_lsof, Workers(LSOF_PROCESSES, 8 * LSOF_PROCESSES))
     SysuserMilter.block_list.now()
