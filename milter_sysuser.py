@@ -1019,23 +1019,18 @@ class Finder:
 
     def _tables(self, uid: int, cgroup: int, recent: list[int]) -> Iterator[tuple[int, str]]:
         """Give descriptor tables, of processes and below their directories, in the order of their likelihood."""
-        mine: dict[int, None] = {}
-        others: dict[int, None] = {}
+        mine: dict[int, bool] = {}  # by pid: whether it is the user's
         sources: list[Callable[[], Iterable[int]]] = [
             lambda: recent, lambda: cgroup_pids(self.cgroups, cgroup), psutil.pids]
         for source in sources:
             for pid in source():
-                if pid not in mine and pid not in others:
+                if pid not in mine:
                     self._spend()
-                    if owner_of(pid) == uid:
-                        mine[pid] = None
+                    mine[pid] = owner_of(pid) == uid
+                    if mine[pid]:
                         yield pid, "fd"
-                    else:
-                        others[pid] = None
-        for pid in mine:
-            yield from ((pid, table) for table in thread_tables(pid))
-        for pid in others:
-            yield pid, "fd"
+        yield from ((pid, table) for pid, own in mine.items() if own for table in thread_tables(pid))
+        yield from ((pid, "fd") for pid, own in mine.items() if not own)
 
     def _strangers(self, target: str) -> set[int]:
         """Give the uids other than root's that have the socket, real ones of setuid programs too: see handed_down."""
