@@ -365,10 +365,7 @@ def lsof_holder(output: bytes, inode: int) -> Optional[int]:
 
 
 def is_blocked(person: Person, uid: Optional[int], entries: Entries) -> Optional[bool]:
-    """Match by uid, name and group; None: the directory has not said enough to tell.
-
-    uid: as the kernel gave it, which for a delegated uid is not the person's; None if there is none.
-    """
+    """Match by uid, the person's or the one that the kernel gave, name and group; None: this cannot be told yet."""
     if person.uid in entries.uids or uid in entries.uids or person.name in entries.names or person.gid in entries.gids:
         return True
     doubtful = person.name is None and (entries.unresolved or entries.gids or not person.settled) and any(entries)
@@ -488,10 +485,7 @@ def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
 
 
 def read_entries(path: str, owner: int) -> list[Any]:
-    """Read a block list's file; OSError or ValueError if it cannot be read or may not be trusted.
-
-    owner: the uid that may own it besides root.
-    """
+    """Read a block list's file, which root or that owner must own; OSError or ValueError if it may not be trusted."""
     # non-blocking: it may be a FIFO
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
@@ -515,15 +509,13 @@ saying = threading.RLock()  # a signal's handler may speak while the same thread
 
 
 def say(level: int, text: str) -> None:
-    """Write one line to stderr: for journald with its level (sd-daemon(3)), else with time and level.
-
-    What strangers control in it has been quoted before. A full disk or a closed pipe must not reach the mail.
-    """
-    status = os.fstat(2)  # which is there, see main; JOURNAL_STREAM has the journal's (systemd.exec(5))
+    """Write one line, quoted by the caller, to stderr: for journald with its level (sd-daemon(3)), else with time."""
+    status = os.fstat(2)  # which is there, see main; the journal's are in JOURNAL_STREAM (systemd.exec(5))
     journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     stamp = f"<{level}>" if journalled else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
     data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
-    with contextlib.suppress(OSError), saying:  # a pipe that takes one line might not take two
+    # A full disk or a closed pipe must not reach the mail; and a pipe that takes one line might not take two.
+    with contextlib.suppress(OSError), saying:
         if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
             os.write(2, data)
 
@@ -607,13 +599,10 @@ def find_socket(source: Endpoint, destination: Endpoint, interface: int) -> Opti
 
 
 def own_end(client: Endpoint, port: int) -> Optional[Endpoint]:
-    """Read the server's address from the MTA's own end of the connection; None if there is none, or several.
-
-    port: the server's, 0 if the MTA did not say. Only an accepted socket has an inode.
-    """
+    """Read the server's end from the MTA's accepted socket; None if there is none, or several; port: 0 if not known."""
     ends = {diag.source for address in (b"\0" * 4, b"\0" * 16)
             for diag in sock_diag(diag_request(Endpoint(address, port), Endpoint(b"", client.port), 0, NLM_F_DUMP))
-            if diag.destination == client and diag.inode and port in (0, diag.source.port)}
+            if diag.destination == client and diag.inode and port in (0, diag.source.port)}  # inode: it is accepted
     return ends.pop() if len(ends) == 1 else None
 
 
@@ -641,10 +630,7 @@ def is_local(address: bytes) -> bool:
 
 
 def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
-    """Ask the kernel whose the client's end is; None if the client is not on this host.
-
-    server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
-    """
+    """Ask the kernel whose the client's end is; None if that is not on this host; OSError if the kernel refuses."""
     if server is None or not server.port or not any(server.address):
         server = own_end(client, server.port if server else 0)
     if server is None:
@@ -1140,10 +1126,7 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 
 
 def read_args(process: int) -> Optional[str]:
-    """Read a command line in a child that is killed when it is late; None if it was, or there is none.
-
-    Before Linux 5.3 it cannot be killed while it hangs, and then the helper hangs with it.
-    """
+    """Read a command line in a child that is killed when it is late; None if it was, or there is none."""
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
@@ -1161,7 +1144,7 @@ def read_args(process: int) -> Optional[str]:
             return None
         finally:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed, and the helper hangs with it
 
 
 def cgroup_mount() -> Optional[int]:
@@ -1196,10 +1179,7 @@ QUESTION = struct.Struct("=QIQQ")  # number, uid, inode, cgroup; the answer is J
 
 
 def serve(channel: socket.socket, finder: Finder) -> None:
-    """Answer questions until the milter's end of the channel is closed; what is not a question is not answered.
-
-    One that nobody waits for any more is not searched for: or many at once would hold up the next for seconds.
-    """
+    """Answer questions until the milter's end of the channel is closed; what is not a question is not answered."""
     waiting: deque[tuple[float, bytes]] = deque()
     while True:
         while len(waiting) < MOST_WAITING:
@@ -1213,7 +1193,7 @@ def serve(channel: socket.socket, finder: Finder) -> None:
                 waiting.append((time.monotonic(), data))
         came, data = waiting.popleft()
         number, uid, inode, cgroup = QUESTION.unpack(data)
-        late = time.monotonic() - came > HELPER_SECONDS
+        late = time.monotonic() - came > HELPER_SECONDS  # nobody waits: many such would hold up the next for seconds
         facts = {"why": "busy"} if late else finder.answer(uid, inode, cgroup)
         with contextlib.suppress(BlockingIOError):  # a milter that does not read its answers does without
             channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
