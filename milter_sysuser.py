@@ -1399,8 +1399,7 @@ def ask_lsof(owner: Owner) -> Facts:
     """Find the process through lsof, and describe it; {"why": word} if that fails."""
     own, others = [], []
     for pid in psutil.pids():
-        uid = owner_of(pid)
-        (own if uid == owner.uid else others).append(pid)
+        (own if owner_of(pid) == owner.uid else others).append(pid)
     # Root's sockets may have been handed down: everyone is asked about. Else its owner's processes are enough.
     pids = (own + (others if owner.uid == 0 else []))[:LSOF_PIDS]
     if not pids:  # an empty list would mean every process
