@@ -1452,10 +1452,8 @@ class Claims:
         """Note that a connection was found to be this socket; both are marked if another was."""
         with self.lock:
             other = self.live.setdefault(cookie, connection)
-            if other is not connection:
+            if other is not connection or cookie in self.past and isinstance(cookie, int):  # psutil's come again
                 other.shared = connection.shared = True
-            if cookie in self.past and isinstance(cookie, int):  # psutil's cookies come again
-                connection.shared = True
 
     def release(self, cookie: Any, connection: "SysuserMilter") -> None:
         """Note that a connection has ended; its socket may linger, and must not be taken for another's."""
