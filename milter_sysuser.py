@@ -866,7 +866,7 @@ class BlockList:
         with self.lock:
             if self.future and self.future.done() and not self.future.exception():
                 self.entries = self.future.result()
-            if self.path and self._reread() or self.future is None:  # what is written out counts at once
+            if self.path and self._reread(self.path) or self.future is None:  # what is written out counts at once
                 self.entries = merge(self.found.get(entry, literal(entry)) for entry in self.fixed + self.from_file)
                 self.future = None  # its answer would be to an older list
             if self.future is None or self.future.done() and time.monotonic() - self.asked > REFRESH_SECONDS:
@@ -888,16 +888,15 @@ class BlockList:
         self.unresolved = resolved.unresolved
         return resolved
 
-    def _reread(self) -> bool:
-        assert self.path
+    def _reread(self, path: str) -> bool:
         try:
-            status = os.stat(self.path)
+            status = os.stat(path)
             signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
             if signature == self.signature:
                 return False
             # A file written in this very moment may change again without its time stamp telling.
             self.signature = signature if abs(time.time() - status.st_ctime) > 1 else None
-            entries, self.problem = read_entries(self.path, self.owner), ""
+            entries, self.problem = read_entries(path, self.owner), ""
         except (OSError, ValueError) as error:
             if isinstance(error, OSError):
                 self.signature = None  # it may pass without a change of the file
