@@ -1617,8 +1617,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         """Write the message's one line."""
         pairs: list[tuple[str, Any]] = [("client", self.client)]
         if self.owner:
-            values = sender_values(sender)
-            pairs += [(field, values.get(field)) for field in log_fields]
+            pairs += sender_values(sender, log_fields)
         pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients), ("action", verdict.action)]
         pairs += [("reason", verdict.reason)] if verdict.reason else []
         if self.owner:
@@ -1636,15 +1635,15 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         for index in range(len(self.forged), 0, -1):
             self.chgheader(self.forged[index - 1], index, "")
         if self.owner and header_fields:
-            values = sender_values(sender)
-            words = key_values((field, values.get(field)) for field in header_fields)
+            words = key_values(sender_values(sender, header_fields))
             self.addheader(header_name, fold(words, len(header_name) + 2))
 
 
-def sender_values(sender: Sender) -> Facts:
-    """Give the values of FIELDS for a header or a log line; one that is missing is unknown."""
+def sender_values(sender: Sender, fields: Iterable[str]) -> list[tuple[str, Any]]:
+    """Give the fields of a header or a log line with their values, None where one is unknown."""
     person = sender.person
-    return {**sender.facts, "uid": sender.uid, "user": None if person is None else person.name or person.uid}
+    values = {**sender.facts, "uid": sender.uid, "user": None if person is None else person.name or person.uid}
+    return [(field, values.get(field)) for field in fields]
 
 
 def handed_down(port: int, facts: Facts) -> str:

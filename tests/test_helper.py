@@ -340,7 +340,8 @@ def test_nonsense_without_end_is_not_listened_to_for_ever(fake: Fake, nonsense: 
 def test_what_a_nonsense_answer_says_of_the_user_is_not_used() -> None:
     """User and uid are the kernel's, whatever the helper says."""
     sender = ms.Sender(ms.Person(1000, "alice", 1000, True), 1000, {"user": "root", "uid": 0, "program": "p"}, "", ())
-    assert ms.sender_values(sender) == {"user": "alice", "uid": 1000, "program": "p"}
+    assert ms.sender_values(sender, ["user", "uid", "program", "pid"]) == [
+        ("user", "alice"), ("uid", 1000), ("program", "p"), ("pid", None)]
 
 
 def test_a_helper_that_takes_no_questions_costs_nothing(fake: Fake) -> None:
