@@ -510,12 +510,12 @@ saying = threading.RLock()  # a signal's handler may speak while the same thread
 
 def say(level: int, text: str) -> None:
     """Write one line, quoted by the caller, to stderr: for journald with its level (sd-daemon(3)), else with time."""
-    status = os.fstat(2)  # which is there, see main; the journal's are in JOURNAL_STREAM (systemd.exec(5))
-    journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-    stamp = f"<{level}>" if journalled else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
-    data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
     # A full disk or a closed pipe must not reach the mail; and a pipe that takes one line might not take two.
     with contextlib.suppress(OSError), saying:
+        status = os.fstat(2)  # which is there, see main; the journal's are in JOURNAL_STREAM (systemd.exec(5))
+        journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        stamp = f"<{level}>" if journalled else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
+        data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
         if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
             os.write(2, data)
 
