@@ -630,7 +630,10 @@ def is_local(address: bytes) -> bool:
 
 
 def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
-    """Ask the kernel whose the client's end is; None if that is not on this host; OSError if the kernel refuses."""
+    """Ask the kernel whose the client's end is; None if the client is not on this host.
+
+    server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
+    """
     if server is None or not server.port or not any(server.address):
         server = own_end(client, server.port if server else 0)
     if server is None:
@@ -844,7 +847,10 @@ class Directory:
             return last
         try:
             new: Optional[Person] = future.result(0 if last is None or last.settled else seconds)
-        except (LateError, OSError, ValueError):
+        except LateError:
+            return last
+        except (OSError, ValueError) as error:
+            complain("a user could not be looked up", str(error))
             return last
         return last if new and new.name is None and last and last.name else new
 
@@ -1283,17 +1289,17 @@ class Describer:
         """Make one; lsof: whether sudo allows it, None: it is asked when the helper has ended."""
         self.channel, self.lsof, self.workers = channel, lsof, workers
         self.numbers, self.late = itertools.count(1), False
-        self.answers: dict[int, Optional[Facts]] = {}  # by the question's number; None: there is none yet
+        self.answers: dict[int, list[Facts]] = {}  # by the question's number; the first counts
         if channel:
             threading.Thread(target=self._watch, args=(channel,), daemon=True).start()
 
     def ask(self, owner: Owner) -> Question:
         """Ask for a description, without waiting for it."""
         number, seconds, why, channel = next(self.numbers), HELPER_SECONDS, "", self.channel
-        self.answers[number] = None
+        self.answers[number] = []
         try:
             if owner.process:
-                self.answers[number] = describe_psutil(owner.process, WANTED)
+                self._settle(number, describe_psutil(owner.process, WANTED))
             elif owner.inode == 0:
                 why = "gone"
             elif channel:
@@ -1321,24 +1327,25 @@ class Describer:
 
     def wait(self, question: Question) -> Facts:
         """Give the description, or why there is none, before the deadline."""
-        while self.answers.get(question.number) is None:
+        while not self.answers.get(question.number):
             remaining = 0.0 if self.late else question.deadline - time.monotonic()
             self._fetch(min(remaining, 0.002))  # another may fetch this answer meanwhile
             if self.late or time.monotonic() > question.deadline:
                 break
-        facts = self.answers.get(question.number)
+        answers = self.answers.get(question.number)
         # After a timeout nobody waits, until an answer has been had.
-        self.late = facts is None and self.channel is not None
-        return {"why": "timeout"} if facts is None else facts
+        self.late = not answers and self.channel is not None
+        return answers[0] if answers else {"why": "timeout"}
 
     def forget(self, question: Question) -> None:
         """Note that nobody will wait for an answer."""
-        if self.answers.pop(question.number, {}) is None:
+        if self.answers.pop(question.number, None) == []:
             self._fetch(0.0)  # so that unwanted answers do not fill the channel
 
     def _settle(self, number: int, facts: Facts) -> None:
-        if number in self.answers:  # else a late answer, which must not describe another connection
-            self.answers[number] = facts
+        answers = self.answers.get(number)
+        if answers == []:  # else it is late, and must not describe another connection
+            answers.append(facts)
 
     def _fetch(self, seconds: float) -> None:
         channel = self.channel
@@ -1371,7 +1378,7 @@ class Describer:
         self.lsof = lsof_allowed() if self.lsof is None else self.lsof
         say(ERROR, "the helper has ended: users are still identified, programs "
                    f"{'come through lsof' if self.lsof else 'stay unknown'}; restart the milter")
-        for number in [number for number, facts in list(self.answers.items()) if facts is None]:
+        for number in [number for number, answers in list(self.answers.items()) if not answers]:
             self._settle(number, {"why": "no-helper"})
 
 
@@ -1430,10 +1437,10 @@ def lsof_allowed() -> bool:
         return False
     if os.path.basename(lsof_command[0]) != "sudo":
         return True
+    question = [lsof_command[0], "-n", "-l", *lsof_command[1:], *lsof_arguments([1])]
     try:
-        question = [lsof_command[0], "-n", "-l", *lsof_command[1:], *lsof_arguments([1])]
-        return subprocess.run(question, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              timeout=5, check=False).returncode == 0
+        null = subprocess.DEVNULL  # not "run", which waits for one that it may not kill
+        return subprocess.Popen(question, stdin=null, stdout=null, stderr=null).wait(5) == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -1539,7 +1546,8 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
     def eom(self) -> int:
         """Decide, log and act, the message being complete."""
         # A fault of ours must neither lose mail nor let a blocked user pass.
-        suspects = (Person(self.owner.uid),) if self.owner and self.owner.uid is not None else ()
+        uid = self.owner.uid if self.owner else None
+        suspects = () if uid is None else (Person(uid),)
         sender = Sender(None, None, {}, "error", suspects)
         verdict = unidentified()
         try:
@@ -1551,7 +1559,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            if any(is_blocked(suspect, sender.uid, self.block_list.entries) for suspect in sender.suspects):
+            if any(is_blocked(suspect, uid, self.block_list.entries) for suspect in sender.suspects):
                 verdict = blocked(sender.suspects[0])
         answer = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}.get(verdict.action, Milter.CONTINUE)
         for step in (self.act, self.write_log):
@@ -1602,7 +1610,7 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         if self.owner is None:
             return Verdict("pass")
         entries = self.block_list.now()
-        answers = [is_blocked(suspect, sender.uid, entries) for suspect in sender.suspects]
+        answers = [is_blocked(suspect, self.owner.uid, entries) for suspect in sender.suspects]
         if True in answers:
             return blocked(sender.suspects[answers.index(True)])
         if sender.person is None or None in answers and unidentified_action != "accept":
@@ -1696,13 +1704,13 @@ class Report:
 
 def stranger_connection() -> Optional[tuple[Endpoint, Endpoint, int]]:
     """Give the ends and the uid of a connection of another user: nobody's if this is root, else any there is."""
-    if os.geteuid():
+    nobody = account("nobody")
+    if os.geteuid() or nobody is None:
         found = sock_diag(diag_request(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0), 0, NLM_F_DUMP))
         found.sort(key=lambda diag: diag.uid == 0)  # root's last: for those everyone is looked at
         return next(((diag.source, diag.destination, diag.uid) for diag in found
                      if diag.uid != os.geteuid() and diag.inode
                      and find_socket(diag.destination, diag.source, LOOPBACK)), None)
-    nobody = pwd.getpwnam("nobody")
     listener = socket.create_server(("127.0.0.1", 0))
     near, far = os.pipe()
     if os.fork() == 0:
@@ -1844,10 +1852,11 @@ def check(problems: list[str]) -> int:
         check_postfix(report)
         try:
             check_lookups(report, account(run_as_user))
-            if blocked_mailusers_file:  # now as the user the milter will be
+            delegated_to(0)  # now as the user the milter will be
+            if blocked_mailusers_file:
                 read_entries(blocked_mailusers_file, os.geteuid())
         except (OSError, ValueError) as error:
-            report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and it to read the list", True)
+            report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and run_as_user to read what is named", True)
     return EX_CONFIG if report.failed else 0
 
 
@@ -1860,10 +1869,10 @@ def start_problem() -> str:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(5)  # one that does not accept is still there
             try:
-                probe.connect(socketname)
-                return f"another milter is already serving {socketname}"
-            except ConnectionRefusedError:
-                os.unlink(socketname)  # left over from one that was killed
+                with contextlib.suppress(ConnectionRefusedError):  # left over from one that was killed
+                    probe.connect(socketname)
+                    return f"another milter is already serving {socketname}"
+                os.unlink(socketname)
             except OSError as error:
                 return f"{socketname}: {error}"
     return ""
@@ -1877,8 +1886,11 @@ def announce() -> None:
     say(INFO, f"listening on {socketname}")
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as error:
+            say(ERROR, f"NOTIFY_SOCKET: {error}")
 
 
 def prepare(user: Optional[pwd.struct_passwd]) -> None:

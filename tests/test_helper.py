@@ -358,7 +358,7 @@ def test_the_helpers_end_settles_every_question(fake: Fake) -> None:
     """Those under way, those that found the channel full, and those that come after."""
     questions = [fake.describer.ask(OWNER) for _ in range(3000)]
     fake.far.close()
-    mta.wait_for(lambda: None not in fake.describer.answers.values(), what="all to be settled")
+    mta.wait_for(lambda: [] not in fake.describer.answers.values(), what="all to be settled")
     questions.append(fake.describer.ask(OWNER))
     assert {fake.describer.wait(question)["why"] for question in questions} == {"busy", "no-helper"}
     assert fake.describer.wait(questions[-1]) == {"why": "no-helper"}

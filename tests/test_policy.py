@@ -482,6 +482,34 @@ def test_a_delegated_uid_has_no_limit_of_its_own(limited: mta.Milter, users: typ
             pathlib.Path("/etc/subuid").write_text(before)
 
 
+@pytest.mark.parametrize("said_at", ["closed", "open"])
+def test_a_delegated_uid_is_blocked_by_its_number(said_at: str) -> None:
+    """Whether the owner is to be believed in the end or not: the number in the list is what the kernel said."""
+    milter = ms.SysuserMilter()
+    milter.owner = ms.Owner(700000007, "", 1)
+    milter.block_list = types.SimpleNamespace(now=lambda: ms.Entries(frozenset([700000007])))
+    account = ms.Person(60404, "alice", 60404, True)
+    believed = ms.Sender(account, 700000007, {}, "", (account,))
+    sender = believed if said_at == "open" else ms.Sender(None, None, {}, "closed", (account,))
+    assert milter.judge(sender).reason == "blocked"
+
+
+def test_delegations_that_cannot_be_read_are_said(make_milter: Callable) -> None:
+    """Nobody knows then whose a uid is: users are given by number, the log and --check say why."""
+    path = pathlib.Path("/etc/subuid")
+    mode = path.stat().st_mode
+    try:
+        path.chmod(0o600)
+        with make_milter() as milter:
+            assert send(milter, 60405).startswith("user=60405 ")
+            milter.wait_lines("ERROR a user could not be looked up: \"[Errno 13] Permission denied: '/etc/subuid'\"")
+        check = make_milter(args=["--check"])
+        assert check.run() == ms.EX_CONFIG
+        assert re.search("^FAIL  as run_as_user: .*Permission denied.*/etc/subuid", check.log(), re.M)
+    finally:
+        path.chmod(mode)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Give a clock to turn: .now, in seconds."""

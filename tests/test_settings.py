@@ -198,6 +198,18 @@ def test_a_socket_left_over_from_a_kill_is_cleaned_up(make_milter: Callable) -> 
     assert milter.accepts()
 
 
+def test_a_socket_that_may_not_be_cleaned_up_is_one_line(make_milter: Callable, directory: pathlib.Path) -> None:
+    """Another user's, in a directory like /tmp, and nobody serves it."""
+    directory.chmod(0o1777)
+    milter = make_milter(user="postfix", socketname=f"{directory}/milter.sock")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(milter.socketname)
+    os.chmod(milter.socketname, 0o777)
+    assert milter.run() == 1
+    (line,) = milter.lines()
+    assert f"ERROR {milter.socketname}: " in line and "Operation not permitted" in line
+
+
 def test_a_socket_of_another_kind_is_left_alone(make_milter: Callable) -> None:
     """Some other program's: a datagram socket that is in use."""
     milter = make_milter()
@@ -225,9 +237,9 @@ def test_the_service_manager_is_told_when_the_socket_accepts(abstract: bool, mak
 
 
 def test_a_service_manager_that_is_gone_stops_nothing(make_milter: Callable) -> None:
-    """Nor is it a traceback."""
+    """It is one line in the log, and no traceback."""
     milter = make_milter(env={"NOTIFY_SOCKET": "/no/such/socket"}).start()
-    milter.wait_lines("listening")
+    milter.wait_lines("ERROR NOTIFY_SOCKET: ")
     with mta.Wire(milter.socketname) as wire:
         assert wire.connect("192.0.2.9", 1) == [("continue",)]
     assert milter.stop() == 0
