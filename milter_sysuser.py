@@ -70,7 +70,7 @@ VERSION = "1.0"
 socketname = "/var/spool/postfix/private/milter.sock"
 
 # Seconds to wait for the MTA to go on with a message before its connection is dropped. An SMTP client that
-# thinks for longer than this between two commands finds its next message untagged. 0: wait without end.
+# thinks for longer than this between two commands finds its next message untagged. 0: 24 days, the longest there is.
 timeout = 600
 
 # The user to become when started as root, for good; the user the MTA's smtpd runs as. Already being that user
@@ -414,8 +414,8 @@ def settings_problems(values: dict[str, Any]) -> Iterator[str]:
 def path_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Check the socket's path and directory."""
     path = values["socketname"]
-    if not isinstance(path, str) or not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > 107:
-        yield "socketname", "must be an absolute path of at most 107 bytes"
+    if not isinstance(path, str) or not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 107:
+        yield "socketname", "must be an absolute path of at most 107 bytes, all printable"
     elif not os.path.isdir(os.path.dirname(path)):
         yield "socketname", f"there is no directory {os.path.dirname(path)}"
     else:
@@ -515,7 +515,7 @@ def say(level: int, text: str) -> None:
         status = os.fstat(2)  # which is there, see main; the journal's are in JOURNAL_STREAM (systemd.exec(5))
         journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
         stamp = f"<{level}>" if journalled else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
-        data = (stamp + text[:LINE_BYTES]).encode("utf-8", "backslashreplace") + b"\n"
+        data = (stamp + text).encode("utf-8", "backslashreplace")[:LINE_BYTES] + b"\n"
         if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
             os.write(2, data)
 
@@ -607,7 +607,7 @@ def own_end(client: Endpoint, port: int) -> Optional[Endpoint]:
 
 
 def is_local(address: bytes) -> bool:
-    """Tell whether an address is this host's, by binding it (5 us); OSError if that cannot be told."""
+    """Tell whether an address is this host's, by binding it; OSError if that cannot be told."""
     family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
     text = socket.inet_ntop(family, address)
     with contextlib.suppress(FileNotFoundError):
@@ -698,18 +698,18 @@ def kernel_problem() -> str:
     """Try sock_diag on a connection of our own; give what is wrong, or ""."""
     if not LINUX:
         return "there is no sock_diag here"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as connection:
-            client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
-            try:
-                diag = find_socket(client, server, LOOPBACK)
-            except OSError as error:
-                return f"sock_diag: {error.strerror}"
-            if diag is None:
-                return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
-            if (diag.uid, diag.inode) != (os.geteuid(), os.fstat(connection.fileno()).st_ino):
-                return "sock_diag gives a wrong owner for a connection of our own"
-            return "" if diag.read is not None else "sock_diag does not count bytes received (Linux 4.1 does)"
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as connection:
+            inode = os.fstat(connection.fileno()).st_ino
+            diag = find_socket(endpoint(*connection.getsockname()), endpoint(*connection.getpeername()), LOOPBACK)
+    except OSError as error:
+        return f"sock_diag: {error.strerror}"
+    if diag is None:
+        return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+    if (diag.uid, diag.inode) != (os.geteuid(), inode):
+        return "sock_diag gives a wrong owner for a connection of our own"
+    return "" if diag.read is not None else "sock_diag does not count bytes received (Linux 4.1 does)"
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
@@ -765,6 +765,13 @@ def delegated_to(uid: int) -> list[str]:
     return [owner for first, count, owner in ranges if first <= uid < first + count]
 
 
+def delegates(uid: int) -> tuple[Person, ...]:
+    """Give those users as they stand in the file: they may be blocked even while the directory does not answer."""
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(Person(int(owner) if owner.isdigit() else uid, owner) for owner in delegated_to(uid))
+    return ()
+
+
 def by_uid(uid: int) -> Person:
     """Ask the directory for the account with a uid."""
     try:
@@ -780,7 +787,9 @@ def find_person(uid: int) -> Optional[Person]:
     if not owners:
         return person
     uids = {int(owner) if owner.isdigit() else getattr(account(owner), "pw_uid", -1) for owner in owners}
-    return by_uid(uids.pop()) if len(uids) == 1 and -1 not in uids and person.name is None else None
+    if -1 in uids:
+        return Person(uid)  # not found, or the directory is down
+    return by_uid(uids.pop()) if len(uids) == 1 and person.name is None else None
 
 
 def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
@@ -789,9 +798,11 @@ def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
         return Entries(frozenset([int(entry)]))
     if entry.startswith("@"):
         group = grp.getgrnam(entry[1:])
-        members = resolve(group.gr_mem, found)  # by uid as well: who they are must not depend on the directory later
+        # By uid as well: who they are must not depend on the directory later.
+        members = resolve([name for name in group.gr_mem if not name.startswith("@")], found)
         return Entries(members.uids, frozenset(group.gr_mem), frozenset([group.gr_gid]))
-    return Entries(frozenset([pwd.getpwnam(entry).pw_uid]), frozenset([entry]))
+    uid = pwd.getpwnam(entry).pw_uid
+    return Entries(frozenset([uid]), frozenset(filter(None, (entry, by_uid(uid).name))))  # a uid can have two names
 
 
 def resolve(entries: list[Any], found: dict[Any, Entries]) -> Entries:
@@ -801,7 +812,7 @@ def resolve(entries: list[Any], found: dict[Any, Entries]) -> Entries:
             found[entry] = resolve_entry(entry, found)
         except (KeyError, ValueError):
             known = found.get(entry, Entries())
-            if not known.gids and any(by_uid(uid).name not in (None, entry) for uid in known.uids):
+            if not known.gids and any(by_uid(uid).name not in {None, *known.names} for uid in known.uids):
                 del found[entry]  # not a directory that is down: the uid is somebody else's now
     return merge(found.get(entry, literal(entry)) for entry in entries)
 
@@ -870,8 +881,11 @@ class BlockList:
     def now(self) -> Entries:
         """Give the list as it is at this moment; waits only just after the directory was asked, and not long."""
         with self.lock:
-            if self.future and self.future.done() and not self.future.exception():
-                self.entries = self.future.result()
+            if self.future and self.future.done():
+                if self.future.exception():
+                    complain("the block list could not be looked up", repr(self.future.exception()))
+                else:
+                    self.entries = self.future.result()
             if self.path and self._reread(self.path) or self.future is None:  # what is written out counts at once
                 self.entries = merge(self.found.get(entry, literal(entry)) for entry in self.fixed + self.from_file)
                 self.future = None  # its answer would be to an older list
@@ -1036,9 +1050,11 @@ class Finder:
         self._spend()
         try:
             directory = os.open(f"/proc/{pid}/{table}", os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            self.denied |= isinstance(error, PermissionError)  # else it has ended
+        except PermissionError:
+            self.denied = True
             return None
+        except (FileNotFoundError, ProcessLookupError):
+            return None  # it has ended; what else goes wrong must not hide a holder
         try:
             descriptors = []
             with os.scandir(directory) as entries:
@@ -1052,7 +1068,7 @@ class Finder:
                         return f"{table}/{descriptor}"
                 except OSError:
                     pass  # closed meanwhile; or not ours to see, which must not count as a reason to believe in root
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended
         finally:
             os.close(directory)
@@ -1076,7 +1092,7 @@ def thread_tables(pid: int) -> Iterator[str]:
     """Give the descriptor tables of a process's other threads: its first may have ended, or not share its own."""
     try:
         threads = os.listdir(f"/proc/{pid}/task") if os.stat(f"/proc/{pid}/task").st_nlink > 3 else []
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return
     yield from (f"task/{thread}/fd" for thread in threads if thread != str(pid))
 
@@ -1295,7 +1311,8 @@ class Describer:
 
     def ask(self, owner: Owner) -> Question:
         """Ask for a description, without waiting for it."""
-        number, seconds, why, channel = next(self.numbers), HELPER_SECONDS, "", self.channel
+        number, why, channel = next(self.numbers), "", self.channel
+        deadline = time.monotonic() + HELPER_SECONDS
         self.answers[number] = []
         try:
             if owner.process:
@@ -1303,10 +1320,11 @@ class Describer:
             elif owner.inode == 0:
                 why = "gone"
             elif channel:
+                self._fetch(0.0)  # connections that are idle fetch nothing, and their answers would fill the channel
                 channel.send(QUESTION.pack(number, owner.uid, owner.inode, owner.cgroup), socket.MSG_DONTWAIT)
             elif self.lsof:
-                seconds = LSOF_SECONDS
-                self.workers.submit(self._ask_lsof, number, owner)
+                deadline = time.monotonic() + LSOF_SECONDS
+                self.workers.submit(self._ask_lsof, number, owner, deadline)
             else:
                 why = "no-helper"
         except (BlockingIOError, queue.Full):
@@ -1315,9 +1333,11 @@ class Describer:
             why = "gone" if owner.process else "no-helper"
         if why:
             self._settle(number, {"why": why})
-        return Question(number, time.monotonic() + seconds)
+        return Question(number, deadline)
 
-    def _ask_lsof(self, number: int, owner: Owner) -> None:
+    def _ask_lsof(self, number: int, owner: Owner, deadline: float) -> None:
+        if number not in self.answers or time.monotonic() > deadline:
+            return  # nobody waits for it any more
         facts: Facts = {"why": "error"}
         try:
             facts = ask_lsof(owner)
@@ -1327,14 +1347,15 @@ class Describer:
 
     def wait(self, question: Question) -> Facts:
         """Give the description, or why there is none, before the deadline."""
+        in_time = time.monotonic() < question.deadline
         while not self.answers.get(question.number):
             remaining = 0.0 if self.late else question.deadline - time.monotonic()
             self._fetch(min(remaining, 0.002))  # another may fetch this answer meanwhile
             if self.late or time.monotonic() > question.deadline:
                 break
         answers = self.answers.get(question.number)
-        # After a timeout nobody waits, until an answer has been had.
-        self.late = not answers and self.channel is not None
+        if not answers and in_time:
+            self.late = self.channel is not None  # then nobody waits until an answer has been had
         return answers[0] if answers else {"why": "timeout"}
 
     def forget(self, question: Question) -> None:
@@ -1374,7 +1395,7 @@ class Describer:
         poll = select.poll()
         poll.register(channel, 0)  # nothing but its end
         poll.poll()
-        self.channel = None
+        self.channel, self.late = None, False
         self.lsof = lsof_allowed() if self.lsof is None else self.lsof
         say(ERROR, "the helper has ended: users are still identified, programs "
                    f"{'come through lsof' if self.lsof else 'stay unknown'}; restart the milter")
@@ -1396,7 +1417,8 @@ def run_lsof(pids: Iterable[int]) -> Optional[subprocess.CompletedProcess[bytes]
             return subprocess.CompletedProcess([], lsof.returncode, output, complaint)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(PermissionError):
-                lsof.terminate()  # sudo passes this on; killed, it would leave lsof running
+                # sudo passes TERM on, killed it would leave lsof running; others have it blocked, as this thread has
+                lsof.send_signal(signal.SIGTERM if os.path.basename(lsof_command[0]) == "sudo" else signal.SIGKILL)
             lsof.communicate()  # keeps this thread until sudo has ended: never more than LSOF_PROCESSES run
             return None
 
@@ -1559,8 +1581,9 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            if any(is_blocked(suspect, uid, self.block_list.entries) for suspect in sender.suspects):
-                verdict = blocked(sender.suspects[0])
+            for suspect in sender.suspects:
+                if is_blocked(suspect, uid, self.block_list.entries):
+                    verdict = blocked(suspect)
         answer = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}.get(verdict.action, Milter.CONTINUE)
         for step in (self.act, self.write_log):
             try:
@@ -1594,11 +1617,12 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         holders = [self.directory.person(uid, max(0.0, deadline - time.monotonic())) or Person(uid)
                    for uid in facts.get("holders", ()) if uid != owner.uid]
         stranger = next((holder for holder in holders if not person or holder.uid != person.uid), None)
-        if person is None:  # a delegated uid that is an account, too
-            why = why or "error"
+        heirs = delegates(owner.uid) if person is None or not person.settled else ()
+        if person is None or heirs:  # a delegated uid that is an account, too; or its user is not known yet
+            person, why = None, why or "error"
         if owner.uid == 0 and not why and not owner.process and self.peer:
             why = handed_down(self.peer.port, facts)
-        suspects = (person or Person(owner.uid), *holders)
+        suspects = (person or Person(owner.uid), *heirs, *holders)
         if why or person is None:
             return Sender(None, None, {}, why, suspects, stranger)
         return Sender(person, owner.uid, facts, facts.get("why", ""), suspects[:1], stranger)
@@ -1814,7 +1838,9 @@ def check_postfix(report: Report) -> None:
     spool = settings.get("queue_directory", "/")
     used = any(os.path.join(spool, path) == socketname for path in re.findall(r"unix:([^\s,{}]+)", milters))
     short = os.path.relpath(socketname, spool)
+    mapped = settings.get("smtpd_milter_maps")
     report("Postfix: smtpd_milters names this socket", "" if used else "it does not",
+           f"look whether smtpd_milter_maps does: {mapped}" if mapped else
            f"postconf -e 'smtpd_milters = {{ unix:{short}, default_action=accept }}', beside what is there now")
     early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
@@ -1839,7 +1865,7 @@ def may_be_local(hosts: str) -> bool:
                     for word in re.split(r"[\s,]+", hosts) if word]
     except ValueError:
         return True
-    return any(address in network for network in networks for address in own)
+    return any(network.is_loopback or address in network for network in networks for address in own)
 
 
 def check(problems: list[str]) -> int:
@@ -1856,7 +1882,8 @@ def check(problems: list[str]) -> int:
             if blocked_mailusers_file:
                 read_entries(blocked_mailusers_file, os.geteuid())
         except (OSError, ValueError) as error:
-            report("as run_as_user", str(error), "allow CAP_SETUID and CAP_SETGID, and run_as_user to read what is named", True)
+            cure = "allow CAP_SETUID and CAP_SETGID, and the user to read what is named"
+            report("as run_as_user", str(error), cure, True)
     return EX_CONFIG if report.failed else 0
 
 
@@ -1920,14 +1947,15 @@ def prepare(user: Optional[pwd.struct_passwd]) -> None:
 
 def run() -> int:
     """Serve the MTA until told to stop; give the exit status."""
-    problem, lack = start_problem(), kernel_problem()
+    problem = start_problem()
+    if problem:
+        say(ERROR, problem)
+        return 1
+    lack = kernel_problem()
     if lack:
         say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
         SysuserMilter.find_owner = staticmethod(find_owner_psutil)
         SysuserMilter.same_socket = staticmethod(same_socket_psutil)
-    if problem:
-        say(ERROR, problem)
-        return 1
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ import stat
 import subprocess
 import tempfile
 import types
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import psutil
 import pytest
@@ -772,6 +773,28 @@ def test_a_socket_that_closed_between_finding_and_describing_is_gone(root: None,
     inode, first = os.fstat(held.fileno()).st_ino, script.Finder._first
     monkeypatch.setattr(script.Finder, "_first", lambda *args: (first(*args), held.close())[0])
     assert finder.answer(os.geteuid(), inode, 0) == {"why": "gone"}
+
+
+@pytest.mark.parametrize("path", ["fd", "task"])
+def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
+        path: str, root: None, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else root would be named for a socket that a stranger has, too."""
+    with socket.create_server(("127.0.0.1", 0)) as held, subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            owner = script.Owner(0, "", os.fstat(held.fileno()).st_ino)
+            assert script.Finder(["program"]).answer(0, owner.inode, 0)["holders"] == [0]
+
+            def short(real: Callable) -> Callable:
+                def call(name: Any, *arguments: Any, **options: Any) -> Any:
+                    if name == f"/proc/{other.pid}/{path}":
+                        raise OSError(errno.ENFILE, "no more files")
+                    return real(name, *arguments, **options)
+                return call
+            name = "open" if path == "fd" else "stat"
+            monkeypatch.setattr(script.os, name, short(getattr(os, name)))
+            assert script.Finder(["program"]).answer(0, owner.inode, 0) == {"why": "gone"}
+        finally:
+            other.kill()
 
 
 def test_a_process_that_ends_while_it_is_described_is_not_roots(root: None, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:

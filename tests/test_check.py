@@ -244,6 +244,13 @@ def test_postfix_is_asked_whether_it_uses_this_socket(main_cf: dict, smtpd: dict
         assert "smtpd_milters = { unix:private/milter.sock, default_action=accept }" in found.cure("Postfix: smtpd_milters")
 
 
+def test_where_a_map_chooses_milters_no_setting_is_advised_against_it(check: Any) -> None:
+    """As in the README's "Only local mail to the milter"."""
+    found = check({"smtpd_milters": "", "smtpd_milter_maps": "cidr:/etc/postfix/milter_local.cidr"})
+    assert found.cure("Postfix: smtpd_milters").endswith(
+        "look whether smtpd_milter_maps does: cidr:/etc/postfix/milter_local.cidr")
+
+
 @pytest.mark.parametrize("value, state", [("yes", "ok"), ("no", "warn")])
 def test_postfix_is_asked_whether_it_drops_hasty_clients(value: str, state: str, check: Any) -> None:
     """Which closes a race that the milter alone cannot."""
@@ -262,7 +269,7 @@ XCLIENT, PROXY = "smtpd_authorized_xclient_hosts", "smtpd_upstream_proxy_protoco
     ({}, {}, ""), ({XCLIENT: "198.51.100.1"}, {}, ""), ({XCLIENT: "198.51.100.0/24, 2001:db8::/32"}, {}, ""),
     ({XCLIENT: "127.0.0.1"}, {}, XCLIENT), ({XCLIENT: "198.51.100.1 127.0.0.0/8"}, {}, XCLIENT),
     ({XCLIENT: "[::1]/128,"}, {}, XCLIENT), ({XCLIENT: "[2001:db8::1]/128,"}, {}, ""), ({XCLIENT: "0.0.0.0/0"}, {}, XCLIENT),
-    ({XCLIENT: "localhost"}, {}, XCLIENT), ({XCLIENT: "cidr:/nonexistent"}, {}, XCLIENT),
+    ({XCLIENT: "localhost"}, {}, XCLIENT), ({XCLIENT: "127.0.0.2"}, {}, XCLIENT), ({XCLIENT: "cidr:/nonexistent"}, {}, XCLIENT),
     ({XCLIENT: "$mynetworks"}, {}, XCLIENT), ({PROXY: "haproxy"}, {}, PROXY),
     ({}, {XCLIENT: "127.0.0.1"}, f"inet/{XCLIENT}"), ({}, {PROXY: "haproxy"}, f"inet/{PROXY}"),
     ({}, {XCLIENT: "198.51.100.1"}, "")])

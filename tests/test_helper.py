@@ -269,6 +269,25 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     mta.wait_for(lambda: fake.describer.channel is None, what="the reader's end")
 
 
+def test_answers_to_connections_that_are_idle_do_not_fill_the_channel(fake: Fake) -> None:
+    """Who does not go on with a message fetches nothing."""
+    questions = []
+    for _ in range(3000):
+        questions.append(fake.describer.ask(OWNER))
+        fake.far.send(json.dumps({"number": fake.asked(), "program": "p"}).encode(), socket.MSG_DONTWAIT)
+    assert fake.describer.wait(questions[0]) == fake.describer.wait(questions[-1]) == {"program": "p"}
+
+
+def test_a_question_long_unanswered_keeps_nobody_from_waiting(fake: Fake) -> None:
+    """Its connection goes on sending messages."""
+    never = fake.describer.ask(OWNER)._replace(deadline=time.monotonic())
+    fake.asked()
+    question = fake.describer.ask(OWNER)._replace(deadline=time.monotonic() + 60)
+    assert fake.describer.wait(never) == {"why": "timeout"}
+    threading.Timer(0.1, fake.answer, [fake.asked()], {"program": "right"}).start()
+    assert fake.describer.wait(question) == {"program": "right"}
+
+
 def test_answers_go_to_the_question_whose_number_they_repeat(fake: Fake) -> None:
     """In whatever order they come."""
     questions = [fake.describer.ask(OWNER) for _ in range(5)]
@@ -277,6 +296,22 @@ def test_answers_go_to_the_question_whose_number_they_repeat(fake: Fake) -> None
     for number in reversed(numbers):
         fake.answer(number, program=f"p{number}")
     assert [fake.describer.wait(question)["program"] for question in questions] == [f"p{n}" for n in numbers]
+
+
+def test_lsof_is_not_run_for_whom_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else many that are late would make the next one so."""
+    asked, go_on = [], threading.Event()
+    monkeypatch.setattr(ms, "ask_lsof", lambda owner: asked.append(owner.inode) or go_on.wait(60) and {"program": "p"})
+    monkeypatch.setattr(ms, "LSOF_SECONDS", 0.1)
+    describer = ms.Describer(None, True, ms.Workers(1, 10))
+    first, late = describer.ask(OWNER), describer.ask(OWNER._replace(inode=1))
+    assert describer.wait(late) == {"why": "timeout"}
+    monkeypatch.setattr(ms, "LSOF_SECONDS", 60)
+    closed, last = describer.ask(OWNER._replace(inode=2)), describer.ask(OWNER._replace(inode=3))
+    describer.forget(closed)
+    go_on.set()
+    assert describer.wait(last) == {"program": "p"}
+    assert asked == [OWNER.inode, 3] and describer.wait(first) == {"program": "p"}
 
 
 def test_a_late_answer_describes_nobody(fake: Fake) -> None:

@@ -92,6 +92,20 @@ def place() -> Iterator[pathlib.Path]:
         yield pathlib.Path(name)
 
 
+@pytest.fixture
+def subuid() -> Iterator[pathlib.Path]:
+    """Give /etc/subuid, to be written to; afterwards it is as it was."""
+    path = pathlib.Path("/etc/subuid")
+    before = path.read_bytes() if path.exists() else None
+    mode = path.stat().st_mode if path.exists() else 0o644
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        if before is not None:
+            replace(path, before, mode)
+
+
 @pytest.fixture(scope="module")
 def group(users: types.SimpleNamespace) -> Iterator[None]:
     """Make the group mst-suspended, with mst-bob in it."""
@@ -287,6 +301,17 @@ def test_a_file_that_the_milter_cannot_read_ends_it_with_78(why: str, make_milte
     assert "blocked_mailusers_file" in milter.log()
 
 
+def test_a_list_that_cannot_be_looked_up_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands as it was written."""
+    said: list[str] = []
+    monkeypatch.setattr(ms, "complain", lambda *words: said.append(" ".join(words)))
+    monkeypatch.setattr(ms, "resolve", lambda entries, found: 1 // 0)
+    block_list = ms.BlockList([1001, "bob"], None, 0, ms.Workers(1, 2))
+    mta.wait_for(lambda: block_list.now() and said, what="the complaint")
+    assert said[0] == "the block list could not be looked up ZeroDivisionError('integer division or modulo by zero')"
+    assert block_list.now().uids == {1001} and block_list.now().names == {"bob"}
+
+
 def test_an_entry_that_is_not_found_is_said(listed: mta.Milter, blocked_file: pathlib.Path,
                                             users: types.SimpleNamespace) -> None:
     """A ban with a slip of the pen is not a silent one."""
@@ -468,18 +493,11 @@ def test_over_the_limit_follows_the_action(action: str, make_milter: Callable, u
         assert said == ["tag"] + [f"{action} reason=limit"] * 2
 
 
-def test_a_delegated_uid_has_no_limit_of_its_own(limited: mta.Milter, users: types.SimpleNamespace) -> None:
+def test_a_delegated_uid_has_no_limit_of_its_own(limited: mta.Milter, subuid: pathlib.Path) -> None:
     """What a user sends under a uid of his /etc/subuid range counts as his."""
-    before = pathlib.Path("/etc/subuid").read_text() if os.path.exists("/etc/subuid") else None
-    try:
-        pathlib.Path("/etc/subuid").write_text("60404:700000000:65536\n")
-        assert send(limited, 700000007, 4).startswith("user=60404 ")
-        assert send(limited, 700000008, 2) == over(60404, 5)
-    finally:
-        if before is None:
-            os.unlink("/etc/subuid")
-        else:
-            pathlib.Path("/etc/subuid").write_text(before)
+    subuid.write_text("60404:700000000:65536\n")
+    assert send(limited, 700000007, 4).startswith("user=60404 ")
+    assert send(limited, 700000008, 2) == over(60404, 5)
 
 
 @pytest.mark.parametrize("said_at", ["closed", "open"])
@@ -494,20 +512,16 @@ def test_a_delegated_uid_is_blocked_by_its_number(said_at: str) -> None:
     assert milter.judge(sender).reason == "blocked"
 
 
-def test_delegations_that_cannot_be_read_are_said(make_milter: Callable) -> None:
+def test_delegations_that_cannot_be_read_are_said(make_milter: Callable, subuid: pathlib.Path) -> None:
     """Nobody knows then whose a uid is: users are given by number, the log and --check say why."""
-    path = pathlib.Path("/etc/subuid")
-    mode = path.stat().st_mode
-    try:
-        path.chmod(0o600)
-        with make_milter() as milter:
-            assert send(milter, 60405).startswith("user=60405 ")
-            milter.wait_lines("ERROR a user could not be looked up: \"[Errno 13] Permission denied: '/etc/subuid'\"")
-        check = make_milter(args=["--check"])
-        assert check.run() == ms.EX_CONFIG
-        assert re.search("^FAIL  as run_as_user: .*Permission denied.*/etc/subuid", check.log(), re.M)
-    finally:
-        path.chmod(mode)
+    subuid.touch()
+    subuid.chmod(0o600)
+    with make_milter() as milter:
+        assert send(milter, 60405).startswith("user=60405 ")
+        milter.wait_lines("ERROR a user could not be looked up: \"[Errno 13] Permission denied: '/etc/subuid'\"")
+    check = make_milter(args=["--check"])
+    assert check.run() == ms.EX_CONFIG
+    assert re.search("^FAIL  as run_as_user: .*Permission denied.*/etc/subuid", check.log(), re.M)
 
 
 @pytest.fixture
@@ -723,6 +737,27 @@ def test_a_directory_that_stays_down_unblocks_nobody(directory: Directory, serve
     mta.wait_for(refuses, what="the list to be resolved anew")
     directory.up()
     mta.wait_for(lambda: send(milter, PEOPLE["mst-trent"]) == refused("mst-trent"), what="the name")
+
+
+@pytest.mark.parametrize("fault", ["slow", "down"])
+def test_a_delegated_uid_is_blocked_while_the_directory_fails(fault: str, directory: Directory, served: Callable,
+                                                              subuid: pathlib.Path) -> None:
+    """The file says whose it is, be it known already or new; of a user who is not blocked, nothing is said."""
+    subuid.write_text("mst-mallory:700000000:65536\nmst-eve:800000000:65536\n")
+    milter = served("mst-mallory", refresh=0.2)
+    assert send(milter, 700000001) == refused("mst-mallory")
+    with contextlib.ExitStack() as stack:
+        if fault == "slow":
+            stack.enter_context(directory.slow())
+        else:
+            directory.down()
+        later = ms.time.monotonic() + 0.5  # than what is known is believed
+        mta.wait_for(lambda: send(milter, 700000001) != refused("mst-mallory") or ms.time.monotonic() > later)
+        for uid in 700000001, 700000002:
+            assert send(milter, uid) == refused("mst-mallory"), uid
+        assert send(milter, 800000001) == "user=? program=?"
+    directory.up()
+    mta.wait_for(lambda: send(milter, 800000001).startswith("user=mst-eve "), what="the name")
 
 
 def test_names_and_members_are_resolved_anew(directory: Directory, served: Callable) -> None:

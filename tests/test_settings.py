@@ -23,7 +23,8 @@ FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit"
 WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said of it)
     "socketname": [("milter.sock", "must be an absolute path"), ("/no/such/directory/sock", "no directory /no/such/dir"),
                    (None, "must be an absolute path"), ("/tmp/" + "x" * 103, "at most 107 bytes"), ("", "absolute path"),
-                   ("/tmp/a\0b", "must be an absolute path"), (b"/tmp/sock", "absolute path")],
+                   ("/tmp/a\0b", "must be an absolute path"), (b"/tmp/sock", "absolute path"),
+                   ("/tmp/\ud800", "all printable"), ("/tmp/a\nb", "all printable")],
     "timeout": [(True, "whole number of seconds from 0"), (-1, "whole number"), ("600", "whole number"),
                 (1.5, "whole number"), (None, "whole number"), (1 << 31, "to 2147483")],
     "run_as_user": [("no-such-user-here", "there is no such user"), (0, "no such user"), ("", "no such user"),

@@ -319,6 +319,16 @@ def test_a_late_lsof_is_ended_although_it_runs_as_root(sudoers: Any, wrapper: An
     mta.wait_for(lambda: not running(wrapper), 20, "the end of what sudo ran")
 
 
+def test_a_late_lsof_that_is_called_without_sudo_is_ended(wrapper: Any, make_milter: Any, users: Any) -> None:
+    """It does not outlive its time either."""
+    hanging = wrapper.make("lsof", "exec sleep 600")
+    milter = make_milter(user="postfix", lsof_command=[hanging]).start()
+    with mta.Clients("mst-alice") as alice:
+        assert alice.send(milter) == ["user=mst-alice program=?"]
+    assert len(milter.wait_lines("lookup=timeout")) == len(wrapper.calls()) == 1
+    mta.wait_for(lambda: not running(wrapper), 20, "the end of what hangs")
+
+
 # --- the milter without the rule --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [{}, {"lsof_command": []}, {"lsof_command": ["/nonexistent/sudo", LSOF]}],

@@ -355,11 +355,24 @@ def test_an_entry_that_is_not_found_keeps_what_was_found_before() -> None:
     """A directory that is down unblocks nobody; an entry that was taken out, or whose uid is another's, does not linger."""
     found = {"gone": ms.Entries(frozenset({NOBODYS}), frozenset({"gone"})), "@gone": ms.Entries(gids=frozenset({100})),
              "taken-out": ms.Entries(frozenset({NOBODYS + 1})),
-             "renamed": ms.Entries(frozenset({0}), frozenset({"renamed"}))}
-    resolved = ms.resolve([7, "gone", "@gone", "no-such-user", "renamed"], found)
-    assert resolved.uids == {7, NOBODYS} and resolved.gids == {100}
-    assert resolved.names == {"gone", "no-such-user", "renamed"}
+             "renamed": ms.Entries(frozenset({0}), frozenset({"renamed"})),
+             "twin": ms.Entries(frozenset({1}), frozenset({"twin", "daemon"}))}  # of one uid, in another directory
+    resolved = ms.resolve([7, "gone", "@gone", "no-such-user", "renamed", "twin"], found)
+    assert resolved.uids == {1, 7, NOBODYS} and resolved.gids == {100}
+    assert resolved.names == {"gone", "no-such-user", "renamed", "twin", "daemon"}
     assert resolved.unresolved == {"no-such-user", "renamed"}
+
+
+def test_a_name_is_remembered_with_the_others_of_its_uid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is not taken for another's when the directory that had it is down."""
+    monkeypatch.setattr(ms.pwd, "getpwnam", lambda name: ms.pwd.struct_passwd((name, "x", 1, 1, "", "/", "")))
+    assert ms.resolve(["twin"], {}).names == {"twin", "daemon"}
+
+
+def test_a_group_in_a_group_is_a_user_of_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is its own member, say."""
+    monkeypatch.setattr(ms.grp, "getgrnam", lambda name: ms.grp.struct_group((name, "x", 100, ["@" + name, "root"])))
+    assert ms.resolve(["@ring"], {}).uids == {0}
 
 
 def test_a_name_blocks_its_uid_and_a_group_its_members() -> None:
