@@ -695,21 +695,21 @@ def same_socket_psutil(client: Endpoint, owner: Owner) -> str:
 
 
 def kernel_problem() -> str:
-    """Try sock_diag on a connection of our own; give what is wrong, or ""."""
+    """Try sock_diag on a connection of our own; give what is wrong, or ""; OSError if there can be no connection."""
     if not LINUX:
         return "there is no sock_diag here"
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listener, \
-                socket.create_connection(listener.getsockname()) as connection:
-            inode = os.fstat(connection.fileno()).st_ino
-            diag = find_socket(endpoint(*connection.getsockname()), endpoint(*connection.getpeername()), LOOPBACK)
-    except OSError as error:
-        return f"sock_diag: {error.strerror}"
-    if diag is None:
-        return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
-    if (diag.uid, diag.inode) != (os.geteuid(), inode):
-        return "sock_diag gives a wrong owner for a connection of our own"
-    return "" if diag.read is not None else "sock_diag does not count bytes received (Linux 4.1 does)"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as connection:
+            client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
+            try:
+                diag = find_socket(client, server, LOOPBACK)
+            except OSError as error:
+                return f"sock_diag: {error.strerror}"
+            if diag is None:
+                return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+            if (diag.uid, diag.inode) != (os.geteuid(), os.fstat(connection.fileno()).st_ino):
+                return "sock_diag gives a wrong owner for a connection of our own"
+            return "" if diag.read is not None else "sock_diag does not count bytes received (Linux 4.1 does)"
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
@@ -752,11 +752,11 @@ def delegated_ranges(state: tuple[int, ...]) -> list[tuple[int, int, str]]:
     with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
         parts = [line.strip().split(":") for line in file]
     return [(int(part[1]), int(part[2]), part[0]) for part in parts
-            if len(part) == 3 and part[1].isdigit() and part[2].isdigit()]
+            if len(part) == 3 and part[1].isdigit() and part[2].isdigit() and part[0] not in ("root", "0")]
 
 
 def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) to whom a uid is delegated, for their user namespaces."""
+    """Give the users (names or numbers) to whom a uid is delegated; not root, who can take any and does not need to."""
     try:
         status = os.stat("/etc/subuid")
     except FileNotFoundError:
@@ -787,9 +787,7 @@ def find_person(uid: int) -> Optional[Person]:
     if not owners:
         return person
     uids = {int(owner) if owner.isdigit() else getattr(account(owner), "pw_uid", -1) for owner in owners}
-    if -1 in uids:
-        return Person(uid)  # not found, or the directory is down
-    return by_uid(uids.pop()) if len(uids) == 1 and person.name is None else None
+    return by_uid(uids.pop()) if len(uids) == 1 and -1 not in uids and person.name is None else None
 
 
 def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
@@ -1311,8 +1309,7 @@ class Describer:
 
     def ask(self, owner: Owner) -> Question:
         """Ask for a description, without waiting for it."""
-        number, why, channel = next(self.numbers), "", self.channel
-        deadline = time.monotonic() + HELPER_SECONDS
+        number, seconds, why, channel = next(self.numbers), HELPER_SECONDS, "", self.channel
         self.answers[number] = []
         try:
             if owner.process:
@@ -1323,8 +1320,8 @@ class Describer:
                 self._fetch(0.0)  # connections that are idle fetch nothing, and their answers would fill the channel
                 channel.send(QUESTION.pack(number, owner.uid, owner.inode, owner.cgroup), socket.MSG_DONTWAIT)
             elif self.lsof:
-                deadline = time.monotonic() + LSOF_SECONDS
-                self.workers.submit(self._ask_lsof, number, owner, deadline)
+                seconds = LSOF_SECONDS
+                self.workers.submit(self._ask_lsof, number, owner)
             else:
                 why = "no-helper"
         except (BlockingIOError, queue.Full):
@@ -1333,11 +1330,11 @@ class Describer:
             why = "gone" if owner.process else "no-helper"
         if why:
             self._settle(number, {"why": why})
-        return Question(number, deadline)
+        return Question(number, time.monotonic() + seconds)
 
-    def _ask_lsof(self, number: int, owner: Owner, deadline: float) -> None:
-        if number not in self.answers or time.monotonic() > deadline:
-            return  # nobody waits for it any more
+    def _ask_lsof(self, number: int, owner: Owner) -> None:
+        if number not in self.answers:
+            return  # its connection has ended
         facts: Facts = {"why": "error"}
         try:
             facts = ask_lsof(owner)
@@ -1947,18 +1944,20 @@ def prepare(user: Optional[pwd.struct_passwd]) -> None:
 
 def run() -> int:
     """Serve the MTA until told to stop; give the exit status."""
-    problem = start_problem()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        problem, lack = start_problem(), kernel_problem()
+    except OSError as error:  # it may pass: not a reason to do without sock_diag until the next start
+        problem, lack = f"a connection to 127.0.0.1, to try sock_diag on: {error}", ""
     if problem:
         say(ERROR, problem)
         return 1
-    lack = kernel_problem()
     if lack:
         say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
         SysuserMilter.find_owner = staticmethod(find_owner_psutil)
         SysuserMilter.same_socket = staticmethod(same_socket_psutil)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(LIBC, "mallopt"):  # glibc: else each thread gets a heap of its own, and memory creeps up
         LIBC.mallopt(M_ARENA_MAX, 1)
     prepare(account(run_as_user))

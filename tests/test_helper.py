@@ -299,19 +299,19 @@ def test_answers_go_to_the_question_whose_number_they_repeat(fake: Fake) -> None
 
 
 def test_lsof_is_not_run_for_whom_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else many that are late would make the next one so."""
+    """Connections that have ended hold nobody up; one that is still there has its answer for a later message."""
     asked, go_on = [], threading.Event()
     monkeypatch.setattr(ms, "ask_lsof", lambda owner: asked.append(owner.inode) or go_on.wait(60) and {"program": "p"})
     monkeypatch.setattr(ms, "LSOF_SECONDS", 0.1)
     describer = ms.Describer(None, True, ms.Workers(1, 10))
-    first, late = describer.ask(OWNER), describer.ask(OWNER._replace(inode=1))
+    first, late, ended = (describer.ask(OWNER._replace(inode=inode)) for inode in (1, 2, 3))
     assert describer.wait(late) == {"why": "timeout"}
     monkeypatch.setattr(ms, "LSOF_SECONDS", 60)
-    closed, last = describer.ask(OWNER._replace(inode=2)), describer.ask(OWNER._replace(inode=3))
-    describer.forget(closed)
+    last = describer.ask(OWNER._replace(inode=4))
+    describer.forget(ended)
     go_on.set()
-    assert describer.wait(last) == {"program": "p"}
-    assert asked == [OWNER.inode, 3] and describer.wait(first) == {"program": "p"}
+    assert describer.wait(last) == describer.wait(first) == describer.wait(late) == {"program": "p"}
+    assert asked == [1, 2, 4]
 
 
 def test_a_late_answer_describes_nobody(fake: Fake) -> None:

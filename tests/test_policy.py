@@ -500,6 +500,16 @@ def test_a_delegated_uid_has_no_limit_of_its_own(limited: mta.Milter, subuid: pa
     assert send(limited, 700000008, 2) == over(60404, 5)
 
 
+def test_what_is_delegated_to_root_is_nobody_elses(make_milter: Callable, users: types.SimpleNamespace,
+                                                   subuid: pathlib.Path) -> None:
+    """As for LXD, whose containers may have an account's uid, too: root can take any."""
+    subuid.write_text(f"root:{users.alice.pw_uid}:1\nroot:700000000:65536\n0:{users.bob.pw_uid}:1\n")
+    with make_milter(blocked_mailusers=["root"]) as milter:
+        assert send(milter, users.alice.pw_uid).startswith("user=mst-alice ")
+        assert send(milter, users.bob.pw_uid).startswith("user=mst-bob ")
+        assert send(milter, 700000001).startswith("user=700000001 ")
+
+
 @pytest.mark.parametrize("said_at", ["closed", "open"])
 def test_a_delegated_uid_is_blocked_by_its_number(said_at: str) -> None:
     """Whether the owner is to be believed in the end or not: the number in the list is what the kernel said."""

@@ -211,6 +211,17 @@ def test_a_socket_that_may_not_be_cleaned_up_is_one_line(make_milter: Callable, 
     assert f"ERROR {milter.socketname}: " in line and "Operation not permitted" in line
 
 
+def test_without_a_connection_to_try_the_kernel_on_it_starts_later(make_milter: Callable) -> None:
+    """Loopback may come up yet: a start without sock_diag would last until the next one, and name holders."""
+    prefix = ["unshare", "--net"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespaces")
+    milter = make_milter(prefix=prefix)
+    assert milter.run() == 1
+    (line,) = milter.lines()
+    assert "ERROR a connection to 127.0.0.1, to try sock_diag on: " in line and "unreachable" in line
+
+
 def test_a_socket_of_another_kind_is_left_alone(make_milter: Callable) -> None:
     """Some other program's: a datagram socket that is in use."""
     milter = make_milter()
