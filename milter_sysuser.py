@@ -549,7 +549,7 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
 
 # -------------------------------------------------------------------------------------- the kernel's answer
 def sock_diag(request: bytes) -> list[Diag]:
-    """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 13 us.
+    """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 10 us.
 
     Through ctypes, which keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
     lock up and get it back costs several times as much where many connections are under way. A dump goes through all
@@ -752,17 +752,18 @@ def delegated_ranges(state: tuple[int, ...]) -> list[tuple[int, int, str]]:
     with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
         parts = [line.strip().split(":") for line in file]
     return [(int(part[1]), int(part[2]), part[0]) for part in parts
-            if len(part) == 3 and part[1].isdigit() and part[2].isdigit() and part[0] not in ("root", "0")]
+            if len(part) == 3 and part[1].isdigit() and part[2].isdigit()]
 
 
 def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) to whom a uid is delegated; not root, who can take any and does not need to."""
+    """Give the users (names or numbers) to whom a uid is delegated; [] if only to root, who can take any without."""
     try:
         status = os.stat("/etc/subuid")
     except FileNotFoundError:
         return []
     ranges = delegated_ranges((status.st_ino, status.st_size, status.st_mtime_ns))
-    return [owner for first, count, owner in ranges if first <= uid < first + count]
+    owners = [owner for first, count, owner in ranges if first <= uid < first + count]
+    return owners if set(owners) - {"root", "0"} else []
 
 
 def delegates(uid: int) -> tuple[Person, ...]:
@@ -1022,18 +1023,18 @@ class Finder:
 
     def _tables(self, uid: int, cgroup: int, recent: list[int]) -> Iterator[tuple[int, str]]:
         """Give descriptor tables, of processes and below their directories, in the order of their likelihood."""
-        mine: dict[int, bool] = {}  # by pid: whether it is the user's
+        seen: dict[int, bool] = {}  # by pid: whether it is the user's
         sources: list[Callable[[], Iterable[int]]] = [
             lambda: recent, lambda: cgroup_pids(self.cgroups, cgroup), psutil.pids]
         for source in sources:
             for pid in source():
-                if pid not in mine:
+                if pid not in seen:
                     self._spend()
-                    mine[pid] = owner_of(pid) == uid
-                    if mine[pid]:
+                    seen[pid] = owner_of(pid) == uid
+                    if seen[pid]:
                         yield pid, "fd"
-        yield from ((pid, table) for pid, own in mine.items() if own for table in thread_tables(pid))
-        yield from ((pid, "fd") for pid, own in mine.items() if not own)
+        yield from ((pid, table) for pid, own in seen.items() if own for table in thread_tables(pid))
+        yield from ((pid, "fd") for pid, own in seen.items() if not own)
 
     def _strangers(self, target: str) -> set[int]:
         """Give the uids other than root's that have the socket, real ones of setuid programs too: see handed_down."""
@@ -1317,7 +1318,7 @@ class Describer:
             elif owner.inode == 0:
                 why = "gone"
             elif channel:
-                self._fetch(0.0)  # connections that are idle fetch nothing, and their answers would fill the channel
+                self._fetch(0.0)  # connections that idle or have ended do not: their answers would fill the channel
                 channel.send(QUESTION.pack(number, owner.uid, owner.inode, owner.cgroup), socket.MSG_DONTWAIT)
             elif self.lsof:
                 seconds = LSOF_SECONDS
@@ -1357,8 +1358,7 @@ class Describer:
 
     def forget(self, question: Question) -> None:
         """Note that nobody will wait for an answer."""
-        if self.answers.pop(question.number, None) == []:
-            self._fetch(0.0)  # so that unwanted answers do not fill the channel
+        self.answers.pop(question.number, None)
 
     def _settle(self, number: int, facts: Facts) -> None:
         answers = self.answers.get(number)
@@ -1457,10 +1457,16 @@ def lsof_allowed() -> bool:
     if os.path.basename(lsof_command[0]) != "sudo":
         return True
     question = [lsof_command[0], "-n", "-l", *lsof_command[1:], *lsof_arguments([1])]
+    null = subprocess.DEVNULL
     try:
-        null = subprocess.DEVNULL  # not "run", which waits for one that it may not kill
-        return subprocess.Popen(question, stdin=null, stdout=null, stderr=null).wait(5) == 0
-    except (OSError, subprocess.TimeoutExpired):
+        sudo = subprocess.Popen(question, stdin=null, stdout=null, stderr=null)
+    except OSError:
+        return False
+    try:
+        return sudo.wait(5) == 0
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(PermissionError):  # and then it is not waited for, as "run" would
+            sudo.kill()
         return False
 
 
@@ -1578,9 +1584,8 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            for suspect in sender.suspects:
-                if is_blocked(suspect, uid, self.block_list.entries):
-                    verdict = blocked(suspect)
+            entries = self.block_list.entries
+            verdict = next((blocked(suspect) for suspect in sender.suspects if is_blocked(suspect, uid, entries)), verdict)
         answer = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}.get(verdict.action, Milter.CONTINUE)
         for step in (self.act, self.write_log):
             try:
@@ -1614,12 +1619,12 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         holders = [self.directory.person(uid, max(0.0, deadline - time.monotonic())) or Person(uid)
                    for uid in facts.get("holders", ()) if uid != owner.uid]
         stranger = next((holder for holder in holders if not person or holder.uid != person.uid), None)
-        heirs = delegates(owner.uid) if person is None or not person.settled else ()
-        if person is None or heirs:  # a delegated uid that is an account, too; or its user is not known yet
+        delegated = delegates(owner.uid) if person is None or not person.settled else ()
+        if person is None or delegated:  # a delegated uid that is an account, too; or its user is not known yet
             person, why = None, why or "error"
         if owner.uid == 0 and not why and not owner.process and self.peer:
             why = handed_down(self.peer.port, facts)
-        suspects = (person or Person(owner.uid), *heirs, *holders)
+        suspects = (person or Person(owner.uid), *delegated, *holders)
         if why or person is None:
             return Sender(None, None, {}, why, suspects, stranger)
         return Sender(person, owner.uid, facts, facts.get("why", ""), suspects[:1], stranger)
@@ -1947,10 +1952,11 @@ def run() -> int:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    problem, lack = start_problem(), ""
     try:
-        problem, lack = start_problem(), kernel_problem()
+        lack = kernel_problem()
     except OSError as error:  # it may pass: not a reason to do without sock_diag until the next start
-        problem, lack = f"a connection to 127.0.0.1, to try sock_diag on: {error}", ""
+        problem = problem or f"a connection to 127.0.0.1, to try sock_diag on: {error}"
     if problem:
         say(ERROR, problem)
         return 1

@@ -503,11 +503,14 @@ def test_a_delegated_uid_has_no_limit_of_its_own(limited: mta.Milter, subuid: pa
 def test_what_is_delegated_to_root_is_nobody_elses(make_milter: Callable, users: types.SimpleNamespace,
                                                    subuid: pathlib.Path) -> None:
     """As for LXD, whose containers may have an account's uid, too: root can take any."""
-    subuid.write_text(f"root:{users.alice.pw_uid}:1\nroot:700000000:65536\n0:{users.bob.pw_uid}:1\n")
+    subuid.write_text(f"root:{users.alice.pw_uid}:1\nroot:700000000:65536\n0:{users.bob.pw_uid}:1\n"
+                      "mst-bob:700000100:1\n")
     with make_milter(blocked_mailusers=["root"]) as milter:
         assert send(milter, users.alice.pw_uid).startswith("user=mst-alice ")
         assert send(milter, users.bob.pw_uid).startswith("user=mst-bob ")
         assert send(milter, 700000001).startswith("user=700000001 ")
+    with make_milter() as milter:  # whether it is root's or the user's, nobody can tell
+        assert send(milter, 700000100) == "user=? program=?"
 
 
 @pytest.mark.parametrize("said_at", ["closed", "open"])

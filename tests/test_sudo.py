@@ -329,6 +329,16 @@ def test_a_late_lsof_that_is_called_without_sudo_is_ended(wrapper: Any, make_mil
     mta.wait_for(lambda: not running(wrapper), 20, "the end of what hangs")
 
 
+def test_a_sudo_that_hangs_at_the_start_is_ended(wrapper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the start goes on without it."""
+    hanging = wrapper.make("sudo", "exec sleep 600")
+    monkeypatch.setattr(ms, "lsof_command", [hanging, "-n", LSOF])
+    began = time.monotonic()
+    assert not ms.lsof_allowed()
+    assert time.monotonic() - began < 60 and len(wrapper.calls()) == 1
+    mta.wait_for(lambda: not running(wrapper), 20, "the end of what hangs")
+
+
 # --- the milter without the rule --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [{}, {"lsof_command": []}, {"lsof_command": ["/nonexistent/sudo", LSOF]}],
