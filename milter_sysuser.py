@@ -1585,7 +1585,8 @@ class SysuserMilter(Milter.Base):  # type: ignore[misc]
         except Exception:
             report_exception(*sys.exc_info())
             entries = self.block_list.entries
-            verdict = next((blocked(suspect) for suspect in sender.suspects if is_blocked(suspect, uid, entries)), verdict)
+            refused = (blocked(suspect) for suspect in sender.suspects if is_blocked(suspect, uid, entries))
+            verdict = next(refused, verdict)
         answer = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}.get(verdict.action, Milter.CONTINUE)
         for step in (self.act, self.write_log):
             try:

@@ -38,6 +38,14 @@ CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19}  # linux/capabil
 
 # --- waiting, ports, privilege ---------------------------------------------------------------------------------
 
+def ended(pid: int) -> bool:
+    """Say whether a process has ended, be it at this moment; a zombie that nobody reaps has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def wait_for(condition: Callable[[], Any], timeout: float = 10, what: str = "the condition") -> Any:
     """Poll until condition() is true and return its value; raise AssertionError naming `what` after timeout s."""
     deadline = time.monotonic() + timeout

@@ -39,11 +39,6 @@ def descriptors(pid: int) -> dict[int, str]:
     return {int(number): os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
 
 
-def ended(pid: int) -> bool:
-    """Say whether a process has ended; a zombie that nobody reaps has."""
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def program(name: str) -> str:
     """Give what a header says of a program here."""
     return name if mta.can_see_others() else "?"
@@ -192,7 +187,7 @@ def test_the_helper_ends_with_the_milter(how: str, stopped: bool, make_milter: A
         os.kill(helper, signal.SIGSTOP)
     milter.process.send_signal(getattr(signal, "SIG" + how))
     mta.wait_for(lambda: milter.process.poll() is not None or milter.accepts() and None, 20, "the milter's end")
-    mta.wait_for(lambda: ended(helper), 20, "the helper's end")
+    mta.wait_for(lambda: mta.ended(helper), 20, "the helper's end")
     assert milter.process.returncode == (0 if how == "TERM" else -getattr(signal, "SIG" + how))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -83,8 +84,9 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.SimpleNa
     yield types.SimpleNamespace(make=make, calls=lambda: calls.read_text().splitlines())
     for line in calls.read_text().splitlines():  # what may be left hanging
         pid = int(line.split()[0])
-        if psutil.pid_exists(pid) and "sleep" in psutil.Process(pid).name():
-            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "sleep" in psutil.Process(pid).name():
+                psutil.Process(pid).kill()
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------
@@ -269,8 +271,7 @@ def test_when_the_helper_dies_programs_come_through_lsof(rule: None, wrapper: An
 
 def running(wrapper: Any) -> list[int]:
     """Give the calls that have not ended."""
-    pids = [int(line.split()[0]) for line in wrapper.calls()]
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [pid for pid in (int(line.split()[0]) for line in wrapper.calls()) if not mta.ended(pid)]
 
 
 def test_a_hanging_lsof_costs_a_bounded_time_and_few_processes(sudoers: Any, wrapper: Any, make_milter: Any,
