@@ -1168,12 +1168,14 @@ def read_args(process: int) -> Optional[str]:
 
 
 def cgroup_mount() -> Optional[int]:
-    """Open the place where cgroup v2 is mounted; None if it is not."""
-    with contextlib.suppress(OSError, IndexError):
-        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-            for line in mounts:
-                if line.split()[2] == "cgroup2":
-                    return os.open(line.split()[1], os.O_RDONLY | os.O_DIRECTORY)
+    """Open a place where cgroup v2 is mounted; None if there is none that can be reached."""
+    places: list[str] = []
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+        places = [line.split()[1] for line in mounts if line.split()[2] == "cgroup2"]
+    for place in places:
+        with contextlib.suppress(OSError):  # it may be in a directory that is closed to us, or below another mount
+            os.stat(os.path.join(place, "cgroup.controllers"))  # in every cgroup v2 directory, and in no other
+            return os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     return None
 
 

@@ -192,13 +192,11 @@ def running(code: str, *arguments: Any, user: Optional[str] = None, cgroup: Opti
 @contextlib.contextmanager
 def own_cgroup(name: str) -> Iterator[Optional[pathlib.Path]]:
     """Make a cgroup of version 2 and remove it afterwards; None where that cannot be."""
-    for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
-        if line.split()[2] == "cgroup2":
-            path = pathlib.Path(line.split()[1]) / f"milter-bench-{os.getpid()}-{name}"
-            break
-    else:
+    root = mta.cgroup_v2()
+    if root is None:
         yield None
         return
+    path = root / f"milter-bench-{os.getpid()}-{name}"
     try:
         path.mkdir()
     except OSError:

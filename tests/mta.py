@@ -95,6 +95,13 @@ def can_see_others() -> bool:
     return not missing_capabilities()
 
 
+def cgroup_v2() -> Optional[pathlib.Path]:
+    """Give a place where cgroup v2 is mounted and not covered by another mount; None if there is none."""
+    mounts = [line.split() for line in pathlib.Path("/proc/self/mounts").read_text().splitlines()]
+    places = (pathlib.Path(place) for _, place, kind, *_ in mounts if kind == "cgroup2")
+    return next((place for place in places if (place / "cgroup.controllers").exists()), None)
+
+
 def tag(user: str, program: str) -> str:
     """Give the header of a message of that user and program; the program is unknown where none can be seen."""
     return f"user={user} program={program if can_see_others() else '?'}"

@@ -179,13 +179,16 @@ def test_a_root_that_may_not_become_another_user_is_no_traceback(user: Optional[
 
 
 @pytest.mark.parametrize("commands, state", [
-    ("umount -l /sys/fs/cgroup 2>/dev/null", "warn"),
-    ("umount -l /sys/fs/cgroup 2>/dev/null; mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/unified && "
-     "mount -t cgroup2 none /sys/fs/cgroup/unified", "ok  "),
-    ("umount -l /sys/fs/cgroup 2>/dev/null; mount -t cgroup2 none /sys/fs/cgroup", "ok  ")], ids=["absent", "hybrid", "unified"])
+    ("true", "warn"),
+    ("mkdir a && mount -t cgroup2 none a", "ok  "),
+    ("mkdir -p a/b && mount -t cgroup2 none a/b && mount -t tmpfs none a", "warn"),
+    ("mkdir a && mount -t cgroup2 none a && mount -t tmpfs none a", "warn"),
+    ("mkdir -m 700 a && mkdir a/b b && mount -t cgroup2 none a/b && mount -t cgroup2 none b", "ok  ")],
+    ids=["absent", "there", "hidden", "covered", "in a closed directory, and elsewhere"])
 def test_cgroup_v2_is_found_where_it_is_mounted(commands: str, state: str, check: Any) -> None:
     """Without it users and programs are found all the same."""
-    prefix = ["unshare", "--mount", "sh", "-c", f'{{ {commands}; }} >&2 && exec "$@"', "sh"]
+    alone = "umount -a -l -t cgroup2; mount -t tmpfs none /sys/fs/cgroup && cd /sys/fs/cgroup"
+    prefix = ["unshare", "--mount", "sh", "-c", f'( {alone} && {commands}; ) >&2 && exec "$@"', "sh"]
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespace, or no cgroup v2, can be had here")
     found = check(prefix=prefix)

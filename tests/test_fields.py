@@ -219,12 +219,10 @@ def test_with_php_fpm_args_names_the_pool_and_dir_the_site(everything: types.Sim
 @pytest.fixture
 def cgroup() -> Iterator[pathlib.Path]:
     """Make a control group as systemd does for a service, with one below it as its user can."""
-    for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
-        if line.split()[2] == "cgroup2":
-            service = pathlib.Path(line.split()[1]) / "mst-test.service"
-            break
-    else:
+    root = mta.cgroup_v2()
+    if root is None:
         pytest.skip("no cgroup v2 here")
+    service = root / "mst-test.service"
     inner = service / "fake.scope"
     try:
         service.mkdir(exist_ok=True)

@@ -96,7 +96,7 @@ def mounts(unit: Unit, private: pathlib.Path) -> str:
     if unit.get("ProtectKernelTunables") == ["yes"]:
         lines += [read_only("/proc/sys"), read_only("/sys")]
     if unit.get("ProtectControlGroups") == ["yes"]:
-        lines += ["while read -r _ at kind _; do [ $kind != cgroup2 ] || mount -o remount,bind,ro $at; "
+        lines += ["while read -r _ at kind _; do case $kind,$at in cgroup2,/sys/*) mount -o remount,bind,ro $at; esac; "
                   "done </proc/self/mounts"]
     return "; ".join([*lines, 'exec "$@"'])
 
