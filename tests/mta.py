@@ -33,6 +33,9 @@ PYTHON = "/usr/bin/python3"  # Debian's packages are this interpreter's, whichev
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "milter_sysuser.py"
 DOMAIN = "example.org"  # the one domain that a test instance delivers
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Another user's processes must reach what is made here, and a unix socket's name has room for 107 bytes.
+os.umask(0o022)
+tempfile.tempdir = os.environ["TMPDIR"] = "/tmp"
 CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19}  # linux/capability.h
 
 
