@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pathlib
+import shutil
 import signal
 import types
 from typing import Any, Callable, Iterator, Mapping, Optional
@@ -42,13 +44,13 @@ def root() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_sudo() -> Iterator[None]:
-    """Keep sudo from mailing the system's root about the refusals that tests provoke."""
+    """Keep sudo from mailing the system's root about the refusals that tests provoke, and from waiting for the DNS."""
     rule = pathlib.Path("/etc/sudoers.d/mst-quiet")
     if not os.access(rule.parent, os.W_OK):
         yield
         return
     rule.touch(0o440)
-    rule.write_text("Defaults !mail_no_user, !mail_no_perms, !mail_no_host, !mail_badpass\n")
+    rule.write_text("Defaults !mail_no_user, !mail_no_perms, !mail_no_host, !mail_badpass, !fqdn\n")
     try:
         yield
     finally:
@@ -58,11 +60,16 @@ def quiet_sudo() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def users(root: None) -> Iterator[types.SimpleNamespace]:
     """Make the users mst-alice and mst-bob: .alice and .bob, as the passwd database has them."""
-    try:
-        yield types.SimpleNamespace(**{name[4:]: mta.add_user(name) for name in USERS})
-    finally:
-        for name in USERS:
-            mta.remove_user(name)
+    with open("/run/mst-tests.lock", "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pytest.exit("these tests are running already, and share their users", returncode=1)
+        try:
+            yield types.SimpleNamespace(**{name[4:]: mta.add_user(name) for name in USERS})
+        finally:
+            for name in USERS:
+                mta.remove_user(name)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +77,22 @@ def sees_others() -> None:
     """Skip tests that show the program of another user where the kernel does not let root see it."""
     if missing := mta.missing_capabilities():
         pytest.skip(f"no {' and no '.join(missing)}: other users' processes cannot be seen")
+
+
+@pytest.fixture(scope="session")
+def proc_shown(root: None) -> None:
+    """Skip tests of a milter that is not started as root where /proc shows it no process of others."""
+    if mta.run_as("postfix", ["test", "-d", "/proc/1"]).returncode:
+        pytest.skip("/proc is mounted with hidepid: only root sees others' processes")
+
+
+@pytest.fixture(scope="session")
+def sudo_works(proc_shown: None) -> None:
+    """Skip tests that need sudo and lsof where they are of no use."""
+    if shutil.which("sudo") is None or not os.path.exists("/usr/bin/lsof"):
+        pytest.skip("sudo or lsof is not installed")
+    if "NoNewPrivs:\t1" in pathlib.Path("/proc/self/status").read_text():
+        pytest.skip("no_new_privs: sudo does not work here")
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,11 @@ PYTHON = "/usr/bin/python3"  # Debian's packages are this interpreter's, whichev
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "milter_sysuser.py"
 DOMAIN = "example.org"  # the one domain that a test instance delivers
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Another user's processes must reach what is made here, and a unix socket's name has room for 107 bytes.
+# Other users must reach what is made here, and run it, setgid programs too; a socket's name has room for 107 bytes.
 os.umask(0o022)
-tempfile.tempdir = os.environ["TMPDIR"] = "/tmp"
+tempfile.tempdir = os.environ["TMPDIR"] = next(
+    (place for place in ("/tmp", "/var/tmp") if not os.statvfs(place).f_flag & (os.ST_NOSUID | os.ST_NOEXEC)), "/tmp")
+PORTS: set[int] = set()  # that free_port() has given; who asked for several binds none before he has all
 CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19}  # linux/capability.h
 
 
@@ -63,6 +65,8 @@ def free_port() -> int:
     """Find a TCP port free on every address and below the ephemeral range, so that no client takes it meanwhile."""
     while True:
         port = random.randrange(10000, 30000)
+        if port in PORTS:
+            continue
         try:
             for family, address in (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"):
                 if family == socket.AF_INET6 and not has_ipv6():
@@ -71,6 +75,7 @@ def free_port() -> int:
                     if family == socket.AF_INET6:
                         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                     sock.bind((address, port))
+            PORTS.add(port)
             return port
         except OSError:
             continue
@@ -105,6 +110,30 @@ def cgroup_v2() -> Optional[pathlib.Path]:
     return next((place for place in places if (place / "cgroup.controllers").exists()), None)
 
 
+# A seccomp filter under which socket(AF_NETLINK, ...) fails with an errno, for a command: its arguments are these.
+NO_NETLINK = """
+import ctypes, os, struct, sys
+arch, number = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}[os.uname().machine]
+code = [(0x20, 0, 0, 4), (0x15, 0, 5, arch), (0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16),
+        (0x15, 0, 1, 16), (0x06, 0, 0, 0x00050000 | int(sys.argv[1])), (0x06, 0, 0, 0x7FFF0000)]
+filter = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("@HP", len(code), ctypes.addressof(filter)))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+if prctl(38, 1, 0, 0, 0) or prctl(22, 2, ctypes.addressof(program), 0, 0):
+    sys.exit("no seccomp: " + os.strerror(ctypes.get_errno()))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def without_netlink(refusal: int) -> Optional[list[str]]:
+    """Give a prefix for commands under which a netlink socket fails with that errno; None where it does not work."""
+    prefix = [PYTHON, "-c", NO_NETLINK, str(refusal)]
+    tried = subprocess.run([*prefix, PYTHON, "-c", "import socket; socket.socket(socket.AF_NETLINK)"],
+                           capture_output=True, text=True)
+    return prefix if f"[Errno {refusal}]" in tried.stderr else None
+
+
 def tag(user: str, program: str) -> str:
     """Give the header of a message of that user and program; the program is unknown where none can be seen."""
     return f"user={user} program={program if can_see_others() else '?'}"
@@ -117,7 +146,8 @@ def add_user(name: str, home: bool = False) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(name)
     except KeyError:
-        subprocess.run(["useradd", "--create-home" if home else "--no-create-home", "--shell", "/bin/sh", name],
+        subprocess.run(["useradd", "--create-home" if home else "--no-create-home", "--shell", "/bin/sh",
+                        "--key", "UID_MIN=50000", "--key", "UID_MAX=59999", name],  # not what a chroot's host has
                        check=True, capture_output=True, env={"PATH": SYSTEM_PATH})
         return pwd.getpwnam(name)
 

@@ -166,6 +166,8 @@ class Sendmail:
         if tried.returncode:
             return ("Sendmail needs a mount namespace (CAP_SYS_ADMIN; a chroot must be a mount point): "
                     + tried.stderr.strip())
+        if os.statvfs(tempfile.gettempdir()).f_flag & (os.ST_NOSUID | os.ST_NOEXEC):
+            return f"{tempfile.gettempdir()} is mounted nosuid or noexec: sendmail(1) is a setgid program"
         try:
             unpack_sendmail()
         except subprocess.CalledProcessError as error:

@@ -205,14 +205,14 @@ def is_alice(site: Site) -> Any:
 @pytest.fixture(scope="module")
 def setuid_cat(site: Site) -> str:
     """Make a setuid-root program that carries bytes: a copy of cat that only the tests' directory has."""
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="milter-test.", dir="/var/tmp"))
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="milter-test."))
     try:
         directory.chmod(0o755)
         cat = shutil.copy("/bin/cat", directory / "cat")
         os.chmod(cat, 0o4755)
         status = mta.run_as("mst-alice", [cat, "/proc/self/status"]).stdout
         if "Uid:\t%d\t0\t" % mta.pwd.getpwnam("mst-alice").pw_uid not in status:
-            pytest.skip("setuid programs do not work in /var/tmp (mounted nosuid?)")
+            pytest.skip(f"setuid programs do not work in {directory} (mounted nosuid, or no_new_privs)")
         yield str(cat)
     finally:
         shutil.rmtree(directory)
@@ -225,7 +225,7 @@ def stopped(site: Site) -> Iterator[None]:
         try:
             return all((task / "stat").read_text().rpartition(") ")[2][0] == "T"
                        for task in pathlib.Path(f"/proc/{site.milter.pid}/task").iterdir())
-        except FileNotFoundError:  # one has just ended
+        except (FileNotFoundError, ProcessLookupError):  # one has just ended
             return False
 
     os.kill(site.milter.pid, signal.SIGSTOP)
@@ -258,6 +258,8 @@ def test_a_client_on_any_address_of_the_host_is_named(is_alice: Any, bind: Optio
     """Whatever it binds and whatever it dials, the kernel holds its end."""
     if HOST is None and None in (address, bind):
         pytest.skip("this host has only loopback addresses")
+    if ":" in address and not mta.has_ipv6():
+        pytest.skip("no IPv6 here")
     is_alice("address, bind = ARGS; send(dial(address, bind or None))", address, bind or "")
 
 
@@ -272,6 +274,9 @@ def test_a_client_over_ipv6_is_named(ipv6: None, is_alice: Any, address: Optiona
 @pytest.mark.parametrize("bind", ["", "127.9.8.7"])
 def test_a_client_bound_to_a_device_is_named(is_alice: Any, bind: str) -> None:
     """SO_BINDTODEVICE takes no privilege and hides a socket from a request that does not name the device."""
+    code = "import socket; socket.socket().setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'lo')"
+    if mta.run_as("mst-alice", [mta.PYTHON, "-c", code]).returncode:
+        pytest.skip("SO_BINDTODEVICE takes privilege here, as before Linux 5.7")
     is_alice("""
 sock = socket.socket()
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
@@ -315,11 +320,13 @@ DELEGATED = """
 near, far = socket.socketpair()
 child = os.fork()
 if child == 0:
+    near.close()
     check(LIBC.unshare(0x10000000))  # CLONE_NEWUSER
     far.send(b"x")
     assert far.recv(1)
     %s
     os._exit(0)
+far.close()
 near.recv(1)
 for tool, number in ("newuidmap", os.getuid()), ("newgidmap", os.getgid()):
     kind = tool[3:6]
@@ -336,12 +343,15 @@ def test_a_delegated_uid_is_the_user_it_was_delegated_to(site: Site, is_alice: A
     """Through newuidmap a user dials under, or gives a socket to, a uid of its range in /etc/subuid."""
     if shutil.which("newuidmap") is None:
         pytest.skip("newuidmap is not installed (package uidmap)")
-    if "mst-alice:" not in pathlib.Path("/etc/subuid").read_text():
+    subuid = pathlib.Path("/etc/subuid")
+    if not subuid.exists() or "mst-alice:" not in subuid.read_text():
         pytest.skip("useradd delegates no uids here")
-    if mta.run_as("mst-alice", ["unshare", "-U", "true"]).returncode:
-        pytest.skip("users may not make user namespaces here")
+    tried = site.start(DELEGATED % "os.setuid(601)")
+    _, errors = tried.communicate(timeout=60)
+    if tried.returncode:
+        pytest.skip(f"users may not take delegated uids here: {errors.splitlines()[-1]}")
     said = is_alice(DELEGATED % code, program=None)
-    first = re.search(r"^mst-alice:(\d+)", pathlib.Path("/etc/subuid").read_text(), re.M)[1]
+    first = re.search(r"^mst-alice:(\d+)", subuid.read_text(), re.M)[1]
     assert int(said.uid) == int(first) + 600
 
 
@@ -444,12 +454,14 @@ HANDED = [("listener", "0"), ("listener", "fixed"), ("accepted", "0"), ("accepte
 
 def worker(site: Site, code: str, kind: str, port: str, cat: str = "") -> types.SimpleNamespace:
     """Run a root master whose worker does that with the socket it was handed, until its holders have been seen."""
-    def once() -> Optional[types.SimpleNamespace]:
+    for _ in range(20):
         number = str(mta.free_port()) if port == "fixed" else port
         said = site.attack(WORKER % code.replace("\n", "\n    "), cat, kind, number, user="root")
         assert said.user == "?", said
-        return said if said.holder or not mta.can_see_others() else None  # a full machine is searched too slowly
-    return mta.wait_for(once, 30, "an answer about the holders of root's socket")
+        if said.holder or not mta.can_see_others():
+            return said
+        assert said.lookup in ("busy", "timeout"), said
+    pytest.skip("too full a machine: who holds root's socket could not be found out in time, twenty times")
 
 
 @pytest.mark.parametrize("kind, port", HANDED)
@@ -781,6 +793,8 @@ def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
     """Else root would be named for a socket that a stranger has, too."""
     with socket.create_server(("127.0.0.1", 0)) as held, subprocess.Popen(["sleep", "60"]) as other:
         try:
+            monkeypatch.setattr(script, "SEARCH_SECONDS", 60)  # root's sockets are looked for everywhere
+            monkeypatch.setattr(script, "SEARCH_LINKS", 10**9)
             owner = script.Owner(0, "", os.fstat(held.fileno()).st_ino)
             assert script.Finder(["program"]).answer(0, owner.inode, 0)["holders"] == [0]
 
@@ -797,7 +811,8 @@ def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
             other.kill()
 
 
-def test_a_process_that_ends_while_it_is_described_is_not_roots(root: None, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ends_while_it_is_described_is_not_roots(sees_others: None, script: Any,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel says of one that has ended looks like root's: it ends right after its link was read again."""
     nobody, real = pwd.getpwnam("nobody"), os.readlink
     listener = socket.create_server(("127.0.0.1", 0))

@@ -136,7 +136,8 @@ SMTPLIB = """
 import smtplib, ssl, sys
 kind, port = sys.argv[1], int(sys.argv[2])
 context = ssl._create_unverified_context()
-session = smtplib.SMTP_SSL("127.0.0.1", port, context=context) if kind == "smtps" else smtplib.SMTP("127.0.0.1", port)
+where = "127.0.0.1", port, "client"  # its own name: else it is looked up
+session = smtplib.SMTP_SSL(*where, context=context) if kind == "smtps" else smtplib.SMTP(*where)
 with session:
     session.ehlo()
     if kind == "submission":

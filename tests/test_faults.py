@@ -356,7 +356,8 @@ def directory_slow(mail: Mail, path: pathlib.Path) -> Fault:
     (path / "nsswitch.conf").write_text("passwd: slow files\ngroup: files\n")
     (path / "slow.c").write_text(SLOW)
     subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path / "libnss_slow.so.2", path / "slow.c"], check=True)
-    mount = f'mount --bind {path}/nsswitch.conf /etc/nsswitch.conf; exec "$@"'
+    mount = (f'mount --bind {path}/nsswitch.conf /etc/nsswitch.conf; '
+             '[ ! -d /run/nscd ] || mount -t tmpfs none /run/nscd; exec "$@"')
     mail.use(prefix=["unshare", "--mount", "sh", "-c", mount, "sh"],
              env={"NSS_SLOW": str(path), "LD_LIBRARY_PATH": str(path)})
     (path / "slow").touch()

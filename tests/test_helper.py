@@ -92,7 +92,8 @@ def test_the_helper_has_its_channel_and_nothing_that_was_left_open(redirection: 
     opened = descriptors(helper)
     assert [opened.pop(number) for number in (0, 1)] == ["/dev/null"] * 2
     assert opened.pop(2) in (f"{milter.directory}/milter.log", "/dev/null")
-    assert re.fullmatch(r"socket:\[\d+\]( /sys/fs/cgroup\S*)?", " ".join(sorted(opened.values(), reverse=True))), opened
+    (channel,) = [name for name in opened.values() if name != str(mta.cgroup_v2())]
+    assert re.fullmatch(r"socket:\[\d+\]", channel)
     assert milter.wait_lines("listening") if "2>&-" not in redirection else True
     assert not milter.lines(ENDED)
 
@@ -243,6 +244,7 @@ class Fake:
     def __init__(self) -> None:
         near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.far.settimeout(20)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # else it is the host's, which may be any size
         self.describer = ms.Describer(near, False, ms.Workers(1, 1))
 
     def asked(self) -> int:

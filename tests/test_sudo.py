@@ -35,12 +35,8 @@ def sudo(*words: str, options: Sequence[str] = ()) -> subprocess.CompletedProces
 
 
 @pytest.fixture(scope="module")
-def sudoers(root: None) -> Iterator[Callable[[str], None]]:
+def sudoers(sudo_works: None) -> Iterator[Callable[[str], None]]:
     """Install a rule until the module's end: sudoers(text)."""
-    if shutil.which("sudo") is None or not os.path.exists(LSOF):
-        pytest.skip("sudo or lsof is not installed")
-    if "NoNewPrivs:\t1" in pathlib.Path("/proc/self/status").read_text():
-        pytest.skip("no_new_privs: sudo does not work here")
     version = subprocess.run(["sudo", "--version"], capture_output=True, text=True, check=True).stdout
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < (1, 9, 10):
         pytest.skip("sudo is older than 1.9.10: no regular expressions")
@@ -171,7 +167,7 @@ def test_the_rule_is_asked_for_with_the_options_that_lsof_command_has(command: l
     code = "import ast, sys, milter_sysuser as ms; ms.lsof_command = ast.literal_eval(sys.argv[1]); print(ms.lsof_allowed())"
     argv = [mta.PYTHON, "-B", "-c", code, repr(command)]
     env = {"PATH": mta.SYSTEM_PATH, "PYTHONPATH": str(tmp_path)}
-    shutil.copy(mta.SCRIPT, tmp_path)
+    shutil.copyfile(mta.SCRIPT, tmp_path / mta.SCRIPT.name)
     for parent in tmp_path, *tmp_path.parents[:2]:
         parent.chmod(0o755)
     assert mta.run_as("postfix", argv, env=env).stdout == "True\n"
@@ -320,7 +316,8 @@ def test_a_late_lsof_is_ended_although_it_runs_as_root(sudoers: Any, wrapper: An
     mta.wait_for(lambda: not running(wrapper), 20, "the end of what sudo ran")
 
 
-def test_a_late_lsof_that_is_called_without_sudo_is_ended(wrapper: Any, make_milter: Any, users: Any) -> None:
+def test_a_late_lsof_that_is_called_without_sudo_is_ended(proc_shown: None, wrapper: Any, make_milter: Any,
+                                                          users: Any) -> None:
     """It does not outlive its time either."""
     hanging = wrapper.make("lsof", "exec sleep 600")
     milter = make_milter(user="postfix", lsof_command=[hanging]).start()
