@@ -576,7 +576,7 @@ def sock_diag(request: bytes) -> list[Diag]:
     except BaseException:
         LIBC.close(netlink)  # what is left in it would be taken for the answer to the next question
         raise
-    if dump:  # many can be under way at once, and as many sockets would be kept
+    if dump or idle_netlink:  # many can be under way at once, and as many sockets would be kept
         LIBC.close(netlink)
     else:
         idle_netlink.append(netlink)

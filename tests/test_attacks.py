@@ -17,7 +17,9 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
+import threading
 import types
 from typing import Any, Callable, Iterator, Optional
 
@@ -933,6 +935,24 @@ def test_a_fault_in_a_callback_is_logged_and_its_mail_is_unidentified(users: Any
 
 
 # --- 9. nothing a user does to its own processes harms others ---------------------------------------------------
+
+def test_however_many_ask_the_kernel_at_once_one_socket_for_it_is_kept(script: Any) -> None:
+    """Else a milter that was busy once has a descriptor more for each."""
+    request = script.diag_request(script.endpoint("127.0.0.1", 1), script.endpoint("127.0.0.1", 2), 0)
+    threads = [threading.Thread(target=lambda: [script.sock_diag(request) for _ in range(1000)]) for _ in range(16)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for _ in threads:  # two that ended in the same instant may both have been kept, until the next
+        script.sock_diag(request)
+    assert len(script.idle_netlink) == 1
+
 
 def bob_is_served(site: Site) -> None:
     """Send as mst-bob: named, and not held up for longer than a description may take, whatever the machine does."""
