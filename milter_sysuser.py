@@ -161,7 +161,7 @@ M_ARENA_MAX = -8  # malloc.h of glibc
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
 LIBC_UNLOCKED = ctypes.CDLL(None, use_errno=True)  # CDLL: they give it up
-idle_netlink: deque[int] = deque()  # sockets to ask the kernel through, each used by one thread at a time
+idle_netlink: deque[int] = deque()  # the socket to ask the kernel through, while no thread does
 ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*][^\s\x00-\x1f\x7f\ud800-\udfff:#*]*")
 
 

@@ -60,16 +60,17 @@ def quiet_sudo() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def users(root: None) -> Iterator[types.SimpleNamespace]:
     """Make the users mst-alice and mst-bob: .alice and .bob, as the passwd database has them."""
-    with open("/run/mst-tests.lock", "w", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pytest.exit("these tests are running already, and share their users", returncode=1)
-        try:
-            yield types.SimpleNamespace(**{name[4:]: mta.add_user(name) for name in USERS})
-        finally:
-            for name in USERS:
-                mta.remove_user(name)
+    system = os.open("/etc", os.O_RDONLY)  # whose users they are, and which is there before and after
+    try:
+        fcntl.flock(system, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pytest.exit("these tests are running already, and share their users", returncode=1)
+    try:
+        yield types.SimpleNamespace(**{name[4:]: mta.add_user(name) for name in USERS})
+    finally:
+        for name in USERS:
+            mta.remove_user(name)
+        os.close(system)
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,18 @@ PYTHON = "/usr/bin/python3"  # Debian's packages are this interpreter's, whichev
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "milter_sysuser.py"
 DOMAIN = "example.org"  # the one domain that a test instance delivers
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Other users must reach what is made here, and run it, setgid programs too; a socket's name has room for 107 bytes.
-os.umask(0o022)
-tempfile.tempdir = os.environ["TMPDIR"] = next(
-    (place for place in ("/tmp", "/var/tmp") if not os.statvfs(place).f_flag & (os.ST_NOSUID | os.ST_NOEXEC)), "/tmp")
 PORTS: set[int] = set()  # that free_port() has given; who asked for several binds none before he has all
 CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19}  # linux/capability.h
+
+
+def runs_programs(place: str) -> bool:
+    """Say whether programs there can be run, setgid ones too, as far as its mount goes."""
+    return not os.statvfs(place).f_flag & (os.ST_NOSUID | os.ST_NOEXEC)
+
+
+# Other users must reach what is made here, and run it; a socket's name has room for 107 bytes.
+os.umask(0o022)
+tempfile.tempdir = os.environ["TMPDIR"] = next(filter(runs_programs, ("/tmp", "/var/tmp")), "/tmp")
 
 
 # --- waiting, ports, privilege ---------------------------------------------------------------------------------
@@ -86,6 +92,15 @@ def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as sock:
             sock.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+def kernel_has_ipv6() -> bool:
+    """Say whether there are IPv6 sockets, for v4-mapped addresses at least; ::1 may be switched off."""
+    try:
+        socket.socket(socket.AF_INET6).close()
         return True
     except OSError:
         return False

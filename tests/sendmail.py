@@ -24,7 +24,7 @@ from typing import Any, Optional, Sequence
 
 import psutil
 
-from mta import DOMAIN, SYSTEM_PATH, free_port, identity, wait_for
+from mta import DOMAIN, SYSTEM_PATH, free_port, identity, runs_programs, wait_for
 
 SENDMAIL_FILES = pathlib.Path("/var/cache/milter-test/sendmail")
 
@@ -166,7 +166,7 @@ class Sendmail:
         if tried.returncode:
             return ("Sendmail needs a mount namespace (CAP_SYS_ADMIN; a chroot must be a mount point): "
                     + tried.stderr.strip())
-        if os.statvfs(tempfile.gettempdir()).f_flag & (os.ST_NOSUID | os.ST_NOEXEC):
+        if not runs_programs(tempfile.gettempdir()):
             return f"{tempfile.gettempdir()} is mounted nosuid or noexec: sendmail(1) is a setgid program"
         try:
             unpack_sendmail()

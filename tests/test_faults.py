@@ -349,16 +349,14 @@ def disk_full(mail: Mail, path: pathlib.Path) -> Fault:
 
 def directory_slow(mail: Mail, path: pathlib.Path) -> Fault:
     """Each question who has a uid takes 10 s."""
-    from test_policy import SLOW
+    from test_policy import SLOW, SWITCH
     if not shutil.which("gcc"):
         pytest.skip("no gcc: no directory service that is slow")
     need_mounts()
     (path / "nsswitch.conf").write_text("passwd: slow files\ngroup: files\n")
     (path / "slow.c").write_text(SLOW)
     subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path / "libnss_slow.so.2", path / "slow.c"], check=True)
-    mount = (f'mount --bind {path}/nsswitch.conf /etc/nsswitch.conf; '
-             '[ ! -d /run/nscd ] || mount -t tmpfs none /run/nscd; exec "$@"')
-    mail.use(prefix=["unshare", "--mount", "sh", "-c", mount, "sh"],
+    mail.use(prefix=["unshare", "--mount", "sh", "-c", f'{SWITCH} && exec "$@"', str(path)],
              env={"NSS_SLOW": str(path), "LD_LIBRARY_PATH": str(path)})
     (path / "slow").touch()
     yield

@@ -609,8 +609,10 @@ enum nss_status _nss_slow_getgrnam_r(const char *name, struct group *g, char *b,
     return slow("group", name);
 }
 '''
-MOUNT = ('mount --bind "$0/nsswitch.conf" /etc/nsswitch.conf && mount --bind "$0/users" /var/lib/extrausers && '
-         '{ [ ! -d /run/nscd ] || mount -t tmpfs none /run/nscd; } && exec "$@"')  # nscd answers as the host has it
+# Switch to the directory's nsswitch.conf, and away from nscd, which answers as the host has it.
+SWITCH = ('mount --bind "$0/nsswitch.conf" /etc/nsswitch.conf && '
+          '{ [ ! -d /run/nscd ] || mount -t tmpfs none /run/nscd; }')
+MOUNT = f'{SWITCH} && mount --bind "$0/users" /var/lib/extrausers && exec "$@"'
 PEOPLE = {"mst-eve": 42401, "mst-mallory": 42402, "mst-trent": 42403}  # known to the directory only
 
 
