@@ -3,20 +3,28 @@
 # mypy: disable-error-code="var-annotated"
 """Say which system user and which program sent each message that came in by SMTP to localhost.
 
-A milter for Postfix and Sendmail. Every message from a local SMTP client gets a header and a log line:
+A milter for Postfix and Sendmail. Every message from a local SMTP client gets a header and a line
+in the log:
 
     X-Sender-Process-Info: user=stefan program=telnet
 
-    4Zb9Xk1c2Tz3: client=127.0.0.1:43210 user=stefan uid=1001 program=telnet pid=4711 exe=/usr/bin/telnet
-    dir=/home/stefan unit=session-3.scope from=stefan@example.org rcpts=1 action=tag      (one line)
+    4Zb9Xk1c2Tz3: client=127.0.0.1:43210 user=stefan uid=1001 program=telnet pid=4711
+    exe=/usr/bin/telnet dir=/home/stefan unit=session-3.scope from=stefan@example.org rcpts=1
+    action=tag                                                                     (one line)
 
-The user is the one who made the client's socket, as the kernel's sock_diag says it: blocking and limits rest
-on that alone. The program is what holds the socket at the time: a description, never a credential. What is
-not known is written "?", and is never turned into root or into somebody else.
+The user is the one who made the client's socket, as the kernel's sock_diag says it: blocking and
+limits rest on that alone. The program is what holds the socket at the time: a description, never a
+credential. What is not known is written "?", and is never turned into root or somebody else.
 
-It cannot know who is behind a relay on this host (docker-proxy, another network namespace, XCLIENT or PROXY),
-and it promises nothing against root. README.md has the whole list.
+It cannot know who is behind a relay on this host (docker-proxy, another network namespace, XCLIENT
+or PROXY), and it promises nothing against root. README.md has the whole list.
+
+To see who is named, read in this order: SysuserMilter (connect, confirm, identify),
+KernelLookup.find_client_socket, why_not_root, look_up_account. The rest decides what to do about
+it, or describes the process.
 """
+from __future__ import annotations
+
 import sys
 
 if sys.version_info < (3, 9):
@@ -24,13 +32,13 @@ if sys.version_info < (3, 9):
     sys.exit(78)
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import errno
 import functools
 import grp
 import ipaddress
-import itertools
 import json
 import os
 import pwd
@@ -47,125 +55,412 @@ import subprocess
 import threading
 import time
 import traceback
-from collections import deque
-from concurrent.futures import Future, TimeoutError as LateError, wait as wait_for
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Union
 
 try:
     import Milter
     import psutil
-except ImportError as missing:
-    sys.stderr.write("milter_sysuser: %s: install pymilter and psutil "
-                     "(Debian: python3-milter python3-psutil)\n" % missing)
-    sys.exit(78)
+    from Milter import Base, noreply
+    MISSING = "" if hasattr(Base, "header_bytes") else "pymilter is older than 1.0.5"
+except ImportError as missing:  # --help and --version do without them; see main
+    MISSING, Base, noreply = str(missing), object, lambda callback: callback
 
-VERSION = "1.0"
+VERSION = "2.0"
 
-# =============================================================================================== settings
-# Plain values, one name each. Edit, then run "milter_sysuser.py --check", then restart the milter.
+# ====================================================================================== settings
+# Plain values, one name each. Edit them here, or put such lines into the file that settings_file
+# names, where they outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
 
-# The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that run_as_user may
-# write to. Only that user (and root) may connect to it. Postfix's smtpd is chrooted on some systems: a path
-# below /var/spool/postfix works either way, named without that prefix in main.cf (unix:private/milter.sock).
+# The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that
+# run_as_user may write to. Where systemd hands the socket over, ListenStream= of its unit counts.
+# The trap: Postfix's smtpd may be chrooted. A path below /var/spool/postfix works either way, if
+# main.cf names it without that prefix. Example: "/run/milter_sysuser/milter.sock", for Sendmail
 socketname = "/var/spool/postfix/private/milter.sock"
 
-# Seconds to wait for the MTA to go on with a message before its connection is dropped. An SMTP client that
-# thinks for longer than this between two commands finds its next message untagged. 0: 24 days, the longest there is.
-timeout = 600
+# Seconds to wait for the MTA to go on with a message before its connection is dropped; 0: never
+# (24 days, the longest there is). The trap: where the MTA has default_action=accept, whoever sends
+# more slowly than this is let through unseen, forged header and all. Example: 7200
+timeout = 0
 
-# The user to become when started as root, for good; the user the MTA's smtpd runs as. Already being that user
-# is fine. None: stay as started, which for root means root in the process that faces the mail, and a socket that
-# only root may connect to.
+# The user to become when started as root, for good: the one the MTA's smtpd runs as. Already being
+# that user is fine. None: stay as started. The trap: started as root with None, the mail-facing
+# process stays root, and only root may connect to its socket. Example: "milter-sysuser"
 run_as_user = "postfix"
 
-# Who may not send mail: user names, numeric uids, "@group" for everyone in a group.
-# Example: ["bob", 1004, "@suspended"]
+# Who may not send mail: user names, numeric uids, "@group" for everyone in a group. Names may
+# contain blanks. The trap: digits in quotes are a uid, and also the user of that name if there is
+# one. Example: ["bob", 1004, "@suspended"]
 blocked_mailusers = []
 
-# A file with one such entry a line, "#" begins a comment; read again when it changes, without a restart. It must
-# belong to root or run_as_user and be writable by its owner only. Put a new one in place by rename (mv): a file
-# edited in place is empty for a moment. Example: "/etc/milter_sysuser.blocked"
+# A file with one such entry a line, "#" begins a comment; read again when it changes, without a
+# restart. It must belong to root or run_as_user and be writable by its owner only. The trap: a file
+# edited in place is empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
 blocked_mailusers_file = None
 
-# What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again), "quarantine"
-# (the MTA's hold queue), or "log" (passed and tagged, and the log says what would have been done: a dry run).
+# Who alone may send mail: a list of such entries, or None for everyone. Everyone else is treated as
+# blocked, and the block lists apply as well. The trap: mailing lists, content filters and root send
+# mail, too. Example: ["@customers", "root"]
+allowed_mailusers = None
+
+# What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again),
+# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed and tagged, and the log says what
+# would have been done). The trap: a program without a queue loses mail by "tempfail", too.
+# Example: "quarantine"
 blocked_action = "reject"
 
-# What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail", "quarantine" or
-# "reject". The trap: a user can arrange to be unknown by closing the connection early, so with "accept" a
-# blocked user's mail can still pass that way, unnamed; with the others a client that is merely hasty is refused.
+# What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail",
+# "quarantine" or "reject" (550; 450 where the fault is ours). The trap: a user can arrange to be
+# unknown by closing early. With "accept" a blocked user's mail can pass that way, unnamed; with the
+# others a client that is merely hasty is refused. Example: "quarantine"
 unidentified_action = "accept"
 
-# How many recipients a user may address in any hour: by name, "*" for everyone else, None for no limit. The
-# count is lost at a restart. Example: {"*": 200, "www-data": 1000, "root": None}
+# How many recipients a user may address in any hour: by name or uid, "*" for everyone else, None
+# for no limit. The trap: "*" counts root and content filters, too, and the count is lost at a
+# restart. Example: {"*": 200, "www-data": 1000, "root": None}
 hourly_limits = {}
 
-# The name of the header that is added, and removed wherever else it comes from.
+# The name of the header that is added, and removed wherever else it comes from. The trap: a new
+# name leaves the old one to forgers. Example: "X-Local-Sender"
 header_name = "X-Sender-Process-Info"
 
-# What the header says, in this order: user, uid, program, pid, exe, args (the command line, which can hold
-# passwords), dir (working directory), unit (systemd unit or container). The header leaves with the mail.
-# []: no header is added; forged ones are still removed.
+# What the header says, in this order: user, uid, program, pid, exe, args (the command line), dir
+# (working directory), unit (systemd unit or container). []: no header is added, forged ones are
+# still removed. The trap: the header leaves with the mail, and args can hold passwords.
+# Example: ["user"]
 header_fields = ["user", "program"]
 
-# The same choice for the log.
+# The same choice for the log. The trap: the README's recipes expect the fields as delivered.
+# Example: ["user", "uid", "program", "args"]
 log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 
-# How lsof is called where this is not started as root; sudoers.example has the rule it needs.
-# []: never; the program is then "?" for other users' processes.
+# How lsof is called where this is not started as root; sudoers.example has the rule it needs. []:
+# never. The trap: with neither the helper nor this, other users' programs are "?", and so is root.
+# Example: ["/usr/bin/lsof"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
-# ========================================================================================== end of settings
 
+# A file of lines "name = value" that override the settings above, if it exists; None: no file. It
+# is never executed. It must belong to root, or to whoever starts this, and be writable by its owner
+# only. The trap: a value there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
+settings_file = "/etc/milter_sysuser.conf"
+# =============================================================================== end of settings
+
+DEFAULTS: dict[str, Any] = {  # the settings as delivered
+    "socketname": "/var/spool/postfix/private/milter.sock", "timeout": 0, "run_as_user": "postfix",
+    "blocked_mailusers": [], "blocked_mailusers_file": None, "allowed_mailusers": None,
+    "blocked_action": "reject", "unidentified_action": "accept", "hourly_limits": {},
+    "header_name": "X-Sender-Process-Info", "header_fields": ["user", "program"],
+    "log_fields": ["user", "uid", "program", "pid", "exe", "dir", "unit"],
+    "lsof_command": ["sudo", "-n", "/usr/bin/lsof"], "settings_file": "/etc/milter_sysuser.conf"}
 FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
-WANTED = tuple(field for field in FIELDS  # a setting that is no list is reported later
-               if any(isinstance(chosen, list) and field in chosen for chosen in (header_fields, log_fields)))
+BLOCKED_ACTIONS = ("reject", "tempfail", "quarantine", "log")
+UNIDENTIFIED_ACTIONS = ("accept", "tempfail", "quarantine", "reject")
+REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
+UNIDENTIFIED = "Sender process could not be identified"
+# Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
+OUR_FAULTS = {"busy", "error", "no-helper", "not-permitted", "timeout"}
 ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
 LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
-REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321, 4.2.3; RFC 3463, 3.8
 
-EX_CONFIG = 78  # sysexits.h
+EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
-MOST_FORGED = 100  # removing n headers takes the MTA n * n steps
-HELPER_SECONDS = 0.3  # what a connection waits at most for its description, its turn included
-MOST_WAITING = 1000  # questions that the helper has taken and not answered yet
-SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost; a descriptor is listed, and then read
-HOT_SECONDS = 2.0  # how long a user whose search ran over that waits for the next, so that others get theirs
-LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; one argument may be 128 KiB
+MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
+HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
+SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
+PAUSE_SECONDS = 2.0  # for the user whose search ran over that, so that others get their turn
+LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
 ARGS_SECONDS = 0.05  # reading a command line can be made to hang
+FIRST_SECONDS, NAME_SECONDS, REFRESH_SECONDS = 3.0, 0.3, 60  # to wait for NSS, again, to believe it
 FACT_BYTES = 512  # of each fact from the process table
-VALUE_CHARACTERS = 256  # of each value in a header, reply or log line
-LINE_OCTETS = 998  # RFC 5322, 2.1.1
-LINE_BYTES = 4000  # of a line in the log: a pipe that is ready takes a page
-NAME_SECONDS, REFRESH_SECONDS = 0.3, 60  # to wait for a name that is not known yet; to believe one that is
-MOST_REMEMBERED = 10_000  # users or sockets in each memory; the longest unused is forgotten first
-MOST_FILE_BYTES = 1 << 20
-MOST_FILES = 65536  # open at once; each connection takes a few, and lsof closes as many one by one before it begins
+VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
+LINE_BYTES = 4000  # of a line in the log: below PIPE_BUF, so that a pipe takes all of it or nothing
+MOST_REMEMBERED = 10_000  # entries in each memory; the longest unused is forgotten first
+MOST_FILE_BYTES, MOST_WARNED = 1 << 20, 1000  # of a list of users; entries to look up for a warning
+MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
 
-# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h, linux/tcp.h, net/tcp_states.h
+# linux/netlink.h, sock_diag.h, inet_diag.h, rtnetlink.h, tcp.h; net/tcp_states.h, net/flow.h
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
-NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
-INET_DIAG_INFO, INET_DIAG_CGROUP_ID = 2, 21
+NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
+INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
+RTM_GETROUTE, RTA_DST, RTN_LOCAL = 26, 1, 2
 TCPI_BYTES_RECEIVED = 128  # offset in struct tcp_info, since Linux 4.1
-# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: the states in which a message may be under way
+# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
-LOOPBACK = 1  # LOOPBACK_IFINDEX in net/flow.h: the index of lo, in every network namespace
-OVERFLOW_UID = 65534  # what a user namespace shows for a uid it does not map (user_namespaces(7))
-# linux/capability.h, linux/prctl.h, linux/exportfs.h
-CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19  # both, to see what files other users' processes have open
+LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
+# What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
+NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
+            errno.EAFNOSUPPORT}
+# linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h, in.h, in6.h; asm-generic/unistd.h
+SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
+PIDFD_OPEN, PIDFD_GETFD = 434, 438
+# user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
+OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
+# linux/capability.h, prctl.h, exportfs.h; malloc.h of glibc
+CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19  # both, to see what other users' processes have open
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
-FILEID_KERNFS = 0xFE
-M_ARENA_MAX = -8  # malloc.h of glibc
+FILEID_KERNFS, M_ARENA_MAX = 0xFE, -8
 
 LINUX = sys.platform.startswith("linux")
-LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock, see sock_diag
-LIBC_UNLOCKED = ctypes.CDLL(None, use_errno=True)  # CDLL: they give it up
-idle_netlink: deque[int] = deque()  # the socket to ask the kernel through, while no thread does
-ENTRY = re.compile(r"@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*][^\s\x00-\x1f\x7f\ud800-\udfff:#*]*")
+LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
+ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*"]
+                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:#*"]|[ ])*(?<![ ])""", re.VERBOSE)
 
 
-# ------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------- the milter
+class SysuserMilter(Base):  # type: ignore[misc]
+    """One session of the MTA with a client; several messages may come through it.
+
+    connect asks the kernel whose the client's socket is, and claims it. envfrom confirms that and
+    has the process described; the MTA does not wait for it. eom decides, acts and logs.
+    """
+
+    # Set once, in "prepare", for all sessions.
+    lookup: Lookup
+    directory: Directory
+    blocked: UserList
+    allowed: Optional[UserList] = None
+    limits: Limits
+    describer: Describer
+    # The sessions by the socket of the MTA's that each took for its own: one each, or nobody knows
+    # whose a message is.
+    claims: dict[Any, list[SysuserMilter]] = {}
+    claims_lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.client: Optional[str] = None  # address and port, as the log has them
+        self.owner: Optional[ClientSocket] = ClientSocket(None, "error")  # None: not on this host
+        self.confirmed, self.ended = False, False
+        self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
+        self.facts: Optional[Facts] = None  # of the process; None: not asked for yet
+        self.account: Optional[Account] = None  # of the owner, at the beginning of the message
+        self.sender, self.recipients, self.queue_id = "", 0, None
+        self.forged: list[str] = []
+        self.hidden = False  # whether a header of our name stands behind a bare CR
+
+    def negotiate(self, opts: list[int]) -> int:
+        """Ask the MTA for the server's end (pymilter's own symlist fails on Python 3)."""
+        # pymilter carries one thread state from worker thread to worker thread. Python 3.14 keeps
+        # the stack limits of the first, and ends the process when it finds itself outside of them
+        # (cpython gh-139653). Limits that every stack lies above switch that check off.
+        protect = getattr(ctypes.pythonapi, "PyUnstable_ThreadState_SetStackProtection", None)
+        if protect:
+            this_state = ctypes.pythonapi.PyThreadState_Get
+            this_state.restype = ctypes.c_void_p
+            protect(ctypes.c_void_p(this_state()), ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
+        if opts[0] & Milter.SETSYMLIST:
+            self._ctx.setsymlist(Milter.M_CONNECT, "{daemon_addr} {daemon_port}")
+        return int(Base.negotiate(self, opts))
+
+    def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
+        """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
+        self.close()  # a session whose client is announced once more begins anew
+        self.confirmed, self.ended, self.facts = False, False, None
+        if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
+            self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
+        elif hostaddr is None:
+            self.owner = ClientSocket(None, "closed")  # gone before the MTA asked for its address
+        else:
+            self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
+            self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
+        if self.owner and self.owner.uid is not None:
+            with self.claims_lock:
+                self.rivals = self.claims.setdefault(self.owner.cookie, [])[:]
+                for rival in self.rivals:
+                    rival.rivals = rival.rivals + [self]
+                self.claims[self.owner.cookie].append(self)
+        return int(Milter.CONTINUE)
+
+    def find_owner(self, client: Endpoint) -> Optional[ClientSocket]:
+        """Find the client's socket; None if it is not on this host."""
+        try:
+            port = int(self.getsymval("{daemon_port}") or 0)
+            server = endpoint(self.getsymval("{daemon_addr}") or "", port)
+        except ValueError:
+            server = None
+        try:
+            return self.lookup.find_client_socket(client, server)
+        except (OSError, psutil.Error) as error:
+            complain("the owner of a connection could not be asked for", str(error))
+            return ClientSocket(None, "error")
+
+    @noreply  # type: ignore[untyped-decorator]
+    def envfrom(self, sender: str, *parameters: str) -> int:
+        """Begin a message, forget the last; confirm the owner, and have the process described."""
+        self.sender, self.recipients, self.queue_id = sender, 0, None
+        self.forged, self.hidden, self.account = [], False, None
+        if self.owner and self.owner.uid is not None:
+            self.confirm(self.owner)
+            if self.facts is None:
+                self.facts = self.describer.describe(self.owner)
+            self.account = self.directory.account(self.owner.uid)
+        return int(Milter.CONTINUE)
+
+    @noreply  # type: ignore[untyped-decorator]
+    def envrcpt(self, recipient: str, *parameters: str) -> int:
+        """Count a recipient."""
+        self.recipients += 1
+        return int(Milter.CONTINUE)
+
+    @noreply  # type: ignore[untyped-decorator]
+    def data(self) -> int:
+        """Note the queue id, which a message has from now on; see "confirm"."""
+        self.queue_id = self.getsymval("i")
+        return int(Milter.CONTINUE)
+
+    @noreply  # type: ignore[untyped-decorator]
+    def header(self, name: str, value: str) -> int:
+        """Note a header that only we may write, also behind a bare CR: some take that for a line's end."""
+        if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
+            self.forged.append(name)
+        if "\r" in value or "\r" in name:
+            ours = rf"[\r\n]{re.escape(header_name)}[\x00-\x20]*:"
+            self.hidden |= bool(re.search(ours, f"{name}:{value}", re.IGNORECASE))
+        return int(Milter.CONTINUE)
+
+    def eom(self) -> int:
+        """Decide, act and log, the message being complete."""
+        # A fault of ours must neither lose mail nor let a blocked user pass.
+        sender, verdict = Sender(None, "error"), unidentified("error")
+        try:
+            sender = self.identify()
+            verdict = self.judge(sender)
+        except Exception:
+            report_exception(*sys.exc_info())
+            if self.owner and self.owner.uid in self.blocked.entries.uids:
+                verdict = refusal("blocked", self.owner.uid)
+        for step in (self.act, self.write_log):
+            try:
+                step(verdict, sender)
+            except Milter.error as error:  # the MTA has gone, its mail with it
+                complain("the MTA did not take an answer", str(error))
+            except Exception:
+                report_exception(*sys.exc_info())
+        answers = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}
+        return int(answers.get(verdict.action, Milter.CONTINUE))
+
+    def close(self) -> int:
+        """Give the socket back."""
+        self.ended = True
+        with self.claims_lock:
+            claimed = self.claims.get(self.owner.cookie, []) if self.owner else []
+            if self in claimed:
+                claimed.remove(self)
+            if self.owner and not claimed:
+                self.claims.pop(self.owner.cookie, None)
+        return int(Milter.CONTINUE)
+
+    def confirm(self, owner: ClientSocket) -> str:
+        """Say why the owner cannot be believed, or "" once he can be, and then for good.
+
+        Between accept(2) and the look at the kernel, a client can reset and let another user's
+        connection take its four endpoints. While the MTA's end lives, the client's end cannot
+        change hands. So the MTA's end must still be the one that was looked at, by its cookie, and
+        it must be this session's: the MTA must have read from it since. If it is the end of a newer
+        connection, the MTA reads nothing from it before it has announced that connection, too; then
+        two sessions claim it, and what was read until then is believed for neither. (One session of
+        the MTA can announce a connection twice, by XCLIENT or where the milter is listed twice; the
+        message then has one queue id in both.)
+        """
+        strangers = [rival for rival in self.rivals
+                     if not rival.queue_id or rival.queue_id != self.queue_id]
+        if self.confirmed and not strangers:
+            return ""
+        self.confirmed = False
+        cookie, mta_bytes_read = self.lookup.look_again(owner)
+        if cookie != owner.cookie:
+            return "reused" if cookie else "closed"
+        if strangers:
+            self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
+            self.rivals = [rival for rival in self.rivals if not rival.ended]
+            return "reused"
+        self.confirmed = mta_bytes_read > owner.mta_bytes_read
+        return "" if self.confirmed else "reused"
+
+    def identify(self) -> Sender:
+        """Say who sent the message; or why that is not known, and who it may have been."""
+        owner = self.owner
+        if owner is None or owner.uid is None:
+            return Sender(None, owner.why if owner else "")
+        facts = self.facts or {"why": "error"}
+        account = self.account or self.directory.account(owner.uid)
+        other = None
+        if facts.get("holder", owner.uid) != owner.uid:
+            holder = self.directory.account(facts["holder"])
+            other = holder if holder.uid != account.uid else None
+        why = self.why_not_named(owner, account, facts)
+        if why:
+            return Sender(None, why, {}, account, other)
+        return Sender(account, str(facts.get("why", "")), facts, None, other)
+
+    def why_not_named(self, owner: ClientSocket, account: Account, facts: Facts) -> str:
+        """Say in a word why the owner must not be named, or ""."""
+        try:
+            why = self.confirm(owner) or account.why
+            if owner.uid == 0 and not why and not owner.process:
+                why = why_not_root(owner.client.port, facts)
+            return why
+        except (OSError, psutil.Error) as error:
+            complain("the owner of a connection could not be asked for", str(error))
+            return "error"
+
+    def judge(self, sender: Sender) -> Verdict:
+        """Say what becomes of the message."""
+        if len(self.forged) > MOST_FORGED:
+            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
+        if self.hidden:
+            return Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
+        if self.owner is None:
+            return Verdict("pass")
+        blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
+        suspects = [sender.account] if sender.account else [sender.maybe, sender.holder]
+        for suspect in filter(None, suspects):
+            reason = why_refused(suspect, blocked, allowed)
+            if reason:
+                return refusal(reason, suspect.name or suspect.uid)
+        if sender.account is None:
+            return unidentified(sender.why)
+        if allowed and not is_listed(sender.account, allowed):
+            return Verdict("tempfail", "unidentified", UNIDENTIFIED)  # NSS has not said who he is
+        if unidentified_action != "accept" and may_be_listed(sender.account, blocked):
+            return unidentified("error")
+        return self.limits.verdict(sender.account, self.recipients) or passed()
+
+    def act(self, verdict: Verdict, sender: Sender) -> None:
+        """Have the MTA do it."""
+        if verdict.action in REFUSALS:
+            self.setreply(*REFUSALS[verdict.action], verdict.text.replace("%", "\\x25"))
+            return
+        if verdict.action == "quarantine":
+            self.quarantine(verdict.text)
+        for index in range(len(self.forged), 0, -1):
+            self.chgheader(self.forged[index - 1], index, "")
+        if self.owner and header_fields:
+            words = key_values(sender.values(header_fields))
+            self.addheader(header_name, fold(words, len(header_name) + 2))
+
+    def write_log(self, verdict: Verdict, sender: Sender) -> None:
+        """Write the message's one line."""
+        pairs: list[tuple[str, Any]] = [("client", self.client)]
+        pairs += sender.values(log_fields) if self.owner else []
+        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients)]
+        pairs += [("action", verdict.action)]
+        pairs += [("reason", verdict.reason)] if verdict.reason else []
+        pairs += [("lookup", sender.why)] if sender.why else []
+        for key, account in ("maybe", sender.maybe), ("holder", sender.holder):
+            pairs += [(key, account.name or account.uid)] if account else []
+        say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
+
+
+def report_exception(kind: Any, error: Any, trace: Any) -> None:
+    """Log a traceback; pymilter's own, from bytes it cannot decode, come here as sys.excepthook."""
+    if complain(f"a callback failed: {kind.__name__}"):
+        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+            say(ERROR, "  " + line.encode("ascii", "backslashreplace").decode())
+
+
+# ---------------------------------------------------------------------------------- values, the log
 class Endpoint(NamedTuple):
     """One end of a TCP connection; a v4-mapped address is stored as the four bytes it stands for."""
 
@@ -173,63 +468,50 @@ class Endpoint(NamedTuple):
     port: int
 
 
-class Diag(NamedTuple):
-    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
+class ClientSocket(NamedTuple):
+    """The client's end of a connection: whose it is, and how the MTA's end is found again."""
 
-    state: int
-    source: Endpoint
-    destination: Endpoint
-    uid: int
-    inode: int
-    cookie: int  # the kernel's number of this one socket, never used again
-    cgroup: int  # inode number of the cgroup v2 directory; 0 where the kernel does not say (before 5.8)
-    read: Optional[int]  # bytes that were received and that a process has taken; None where the kernel does not say
-
-
-class Owner(NamedTuple):
-    """Whose the client's end of a connection is."""
-
-    uid: Optional[int]  # None: not known
+    uid: Optional[int]  # of whoever made it; None: not known
     why: str = ""  # one word, where uid is None
     inode: int = 0  # 0: no process has it open any more
     cgroup: int = 0
     cookie: Any = None  # of the MTA's end, which is one connection's and no other's; see Diag
-    server: Endpoint = Endpoint(b"", 0)  # the MTA's end
+    client: Endpoint = Endpoint(b"", 0)
+    mta_end: Endpoint = Endpoint(b"", 0)
     interface: int = 0  # the index under which the kernel found it
-    read: int = 0  # bytes the MTA had read from the connection when this was asked
+    mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
 
 
-class Person(NamedTuple):
+class Account(NamedTuple):
     """A user as the directory service (NSS) knows it."""
 
+    kernel_uid: int  # as the kernel gave it
     uid: int  # of the account; for a delegated uid that of the user it was delegated to
     name: Optional[str] = None  # None: no such user, or not known yet
-    gid: Optional[int] = None
-    settled: bool = False  # whether the directory has answered
-
-
-class Entries(NamedTuple):
-    """A block list, resolved."""
-
-    uids: frozenset[int] = frozenset()
-    names: frozenset[str] = frozenset()
     gids: frozenset[int] = frozenset()
-    unresolved: frozenset[str] = frozenset()
+    answered: bool = False  # whether NSS has said so
+    why: str = ""  # one word, where this may be the wrong account
 
 
-Facts = dict[str, Any]  # of one process: FIELDS less user and uid, "holders" (uids), or "why" they are unknown
+Facts = dict[str, Any]  # of one process: FIELDS, and "holder", a uid; or "why" they are unknown
 
 
 class Sender(NamedTuple):
     """Who sent a message, and with what."""
 
-    person: Optional[Person]  # None: not known
-    uid: Optional[int]  # as the kernel gave it
-    facts: Facts
+    account: Optional[Account]  # None: not known
     why: str  # one word, where something is not known
-    suspects: tuple[Person, ...]  # the person; or whoever it may have been
-    holder: Optional[Person] = None  # who has the socket, if that is somebody else
+    facts: Facts = {}
+    maybe: Optional[Account] = None  # who was seen, and could not be confirmed
+    holder: Optional[Account] = None  # who has the socket, if that is somebody else
+
+    def values(self, fields: Iterable[str]) -> list[tuple[str, Any]]:
+        """Give the fields of a header or a log line with their values, None where one is unknown."""
+        account = self.account
+        user = (account.name or account.uid) if account else None
+        known = {**self.facts, "user": user, "uid": account.kernel_uid if account else None}
+        return [(field, known.get(field)) for field in fields]
 
 
 class Verdict(NamedTuple):
@@ -240,33 +522,26 @@ class Verdict(NamedTuple):
     text: str = ""  # of the reply
 
 
-class BusyError(Exception):
-    """A search has used up its budget."""
-
-
-# ------------------------------------------------------------------------------------------ pure functions
-def escape(data: bytes) -> str:
-    """Write every control, non-ASCII and undecodable byte as backslash, x and two hexadecimal digits."""
-    return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in data)
-
-
-def quote(value: Any) -> str:
-    """Make a value fit for a header, a reply or a log line; None is written "?"."""
-    return "?" if value is None else quoted(value if isinstance(value, bytes) else str(value))
+def escape(data: bytes, unsafe: bytes) -> bytes:
+    r"""Write every byte of a class of a regular expression as \xNN."""
+    return re.sub(unsafe, lambda byte: b"\\x%02x" % byte[0][0], data, flags=re.DOTALL)
 
 
 @functools.lru_cache(maxsize=1024)  # the same few stand in every line
-def quoted(text: "bytes | str") -> str:
-    """Do what quote does, for bytes and text."""
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape" if not re.search(
-        "[\ud800-\udc7f\udd00-\udfff]", text) else "surrogatepass")
+def quote(value: Any) -> str:
+    """Make a value fit for a header, a reply or a log line; None is written "?"."""
+    if value is None:
+        return "?"
+    try:
+        data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other lone surrogates than those that stand for bytes
+        data = str(value).encode("utf-8", "surrogatepass")
     if len(data) <= VALUE_CHARACTERS and re.fullmatch(rb"[A-Za-z0-9._+@/:-]+", data):
         return data.decode()
-    pieces = [escape(b"\\" + bytes([b]) if b in b'"\\' else bytes([b])) for b in data[:VALUE_CHARACTERS + 1]]
-    lengths = list(itertools.accumulate(map(len, pieces)))
-    if lengths and lengths[-1] > VALUE_CHARACTERS:
-        pieces = [piece for piece, length in zip(pieces, lengths) if length <= VALUE_CHARACTERS - 3] + ["..."]
-    return '"' + "".join(pieces) + '"'
+    text = escape(data[:VALUE_CHARACTERS + 1], rb'[^ !#-\[\]-~]').decode()
+    if len(text) > VALUE_CHARACTERS:  # cut, but never within an escape
+        text = re.sub(r"\\(x[0-9a-f]?)?$", "", text[:VALUE_CHARACTERS - 3]) + "..."
+    return f'"{text}"'
 
 
 def key_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
@@ -275,7 +550,7 @@ def key_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def fold(words: list[str], taken: int) -> str:
-    """Join words with blanks, breaking lines between them so that none passes 998 octets; taken: the name's."""
+    """Join words, breaking lines so that none passes 998 octets; taken: octets of the name."""
     lines, room = [""], LINE_OCTETS - taken
     for word in words:
         if lines[-1] and len(lines[-1]) + 1 + len(word) > room:
@@ -285,8 +560,72 @@ def fold(words: list[str], taken: int) -> str:
     return "\n\t".join(lines)
 
 
+def remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    """Put an entry into a bounded memory; what was put there the longest ago is forgotten first."""
+    memory.pop(key, None)
+    memory[key] = value
+    if len(memory) > MOST_REMEMBERED:
+        del memory[next(iter(memory))]
+
+
+@functools.lru_cache(maxsize=1)
+def log_target() -> tuple[int, bool]:
+    """Give the descriptor to log to, and whether the journal reads it (systemd.exec(5)).
+
+    A pipe or terminal is opened anew: then no write waits for whoever reads it, and no other
+    program that writes to it notices.
+    """
+    status = os.fstat(2)
+    journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            return os.open("/proc/self/fd/2", flags), journalled
+    return 2, journalled
+
+
+def say(level: int, text: str) -> None:
+    """Write one line, with its level for journald (sd-daemon(3)), else with time and level."""
+    with contextlib.suppress(OSError):  # a full disk or pipe must not reach the mail
+        descriptor, journalled = log_target()
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        stamp = f"<{level}>" if journalled else f"{now} {LEVELS[level]} "
+        data = escape((stamp + text).encode("utf-8", "backslashreplace"), rb"[\x00-\x1f\x7f]")
+        if select.select([], [descriptor], [], 0)[1]:  # else nobody reads: the line is lost
+            os.write(descriptor, data[:LINE_BYTES] + b"\n")
+
+
+COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
+
+
+def complain(text: str, detail: str = "", level: int = ERROR) -> bool:
+    """Log what may repeat for every message, once a minute with a count; tell whether it was."""
+    last, count = COMPLAINTS.get(text, (float("-inf"), 0))
+    if time.monotonic() - last < REFRESH_SECONDS:
+        COMPLAINTS[text] = last, count + 1
+        return False
+    remember(COMPLAINTS, text, (time.monotonic(), 0))
+    more = f" ({count} more before)" if count else ""
+    say(level, text + (f": {quote(detail)}" if detail else "") + more)
+    return True
+
+
+# --------------------------------------------------------------------- lookup: whose a connection is
+class Diag(NamedTuple):
+    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
+
+    state: int
+    source: Endpoint
+    destination: Endpoint
+    uid: int
+    inode: int
+    cookie: int  # the kernel's number of this one socket, never used again
+    cgroup: int  # inode number of the cgroup v2 directory; 0: the kernel does not say (before 5.8)
+    read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
+
+
 def endpoint(address: str, port: int) -> Endpoint:
-    """Read an address as an MTA writes it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError if it is none."""
+    """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError if it is none."""
     return Endpoint(packed(address), port)
 
 
@@ -297,290 +636,140 @@ def packed(address: str) -> bytes:
     return (getattr(ip, "ipv4_mapped", None) or ip).packed
 
 
-def diag_request(source: Endpoint, destination: Endpoint, interface: int, flags: int = 0) -> bytes:
-    """Build a struct nlmsghdr and inet_diag_req_v2 for one socket, given by both ends."""
-    family = socket.AF_INET6 if len(source.address or destination.address) == 16 else socket.AF_INET
-    states = sum(1 << state for state in STATES)
-    return (struct.pack("=IHHII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | flags, 0, 0)
-            + struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0, states)
-            + struct.pack(">HH16s16s", source.port, destination.port, source.address, destination.address)
-            + struct.pack("=IQ", interface, 0xFFFFFFFFFFFFFFFF))  # INET_DIAG_NOCOOKIE twice
+class KernelLookup:
+    """Ask the kernel through netlink: sock_diag(7), and rtnetlink(7) for what is local.
 
-
-def diag_replies(data: bytes) -> Iterator[Optional[Diag]]:
-    """Read the kernel's messages; None is the end of a dump; OSError with the errno the kernel gives."""
-    at = 0
-    while at + 16 <= len(data):
-        length, kind = struct.unpack_from("=IH", data, at)
-        if kind == NLMSG_ERROR:
-            code = -struct.unpack_from("=i", data, at + 16)[0]
-            raise OSError(code, os.strerror(code))
-        if kind == NLMSG_DONE:
-            yield None
-            return
-        if length < 88 or at + length > len(data):
-            raise OSError(0, "sock_diag gave a message that is cut short")
-        yield diag_message(data[at + 16:at + length])
-        at += (length + 3) & ~3
-
-
-def diag_message(body: bytes) -> Diag:
-    """Read one struct inet_diag_msg with its attributes."""
-    family, state, sport, dport, source, destination, _, cookie = struct.unpack_from("=BB2x2s2s16s16sIQ", body)
-    unread, _, uid, inode = struct.unpack_from("=IIII", body, 56)  # idiag_rqueue, idiag_wqueue
-    mapped = b"\0" * 10 + b"\xff\xff"
-    ends = []
-    for address, port in ((source, sport), (destination, dport)):
-        short = address[:4] if family == socket.AF_INET else address[12:] if address.startswith(mapped) else address
-        ends.append(Endpoint(short, int.from_bytes(port, "big")))
-    cgroup, read, at = 0, None, 72
-    while at + 4 <= len(body):
-        length, kind = struct.unpack_from("=HH", body, at)
-        if kind == INET_DIAG_CGROUP_ID:
-            cgroup = struct.unpack_from("=Q", body, at + 4)[0]
-        elif kind == INET_DIAG_INFO and length >= 4 + TCPI_BYTES_RECEIVED + 8:
-            read = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0] - unread
-        at += max((length + 3) & ~3, 4)
-    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, read)
-
-
-def unit_of(cgroups: str) -> Optional[str]:
-    """Find the first .service or .scope from the root in /proc/PID/cgroup; users can make others below theirs."""
-    paths = [line.split(":", 2)[2] for line in cgroups.splitlines() if re.match(r"0::|\d+:name=systemd:", line)]
-    for part in "/".join(paths).split("/"):
-        if part.endswith((".service", ".scope")):
-            return part
-    return next((path for path in paths if path.strip("/")), None)
-
-
-def lsof_holder(output: bytes, inode: int) -> Optional[int]:
-    """Find in the output of lsof -Fpd the process that has the socket with that inode; None if there is none."""
-    pid = None
-    for line in output.split(b"\n"):
-        if line[:1] == b"p" and line[1:].isdigit():
-            pid = int(line[1:])
-        elif line == b"d%d" % inode:
-            return pid
-    return None
-
-
-def is_blocked(person: Person, uid: Optional[int], entries: Entries) -> Optional[bool]:
-    """Match by uid, the person's or the one that the kernel gave, name and group; None: this cannot be told yet."""
-    if person.uid in entries.uids or uid in entries.uids or person.name in entries.names or person.gid in entries.gids:
-        return True
-    doubtful = person.name is None and (entries.unresolved or entries.gids or not person.settled) and any(entries)
-    return None if doubtful else False
-
-
-def entry_problem(entry: Any) -> Optional[str]:
-    """Say what is wrong with an entry of a block list, None if it is well."""
-    number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
-    if whole(number) and number < 1 << 32:
-        return None
-    if isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit():  # such as "²", which is no number
-        return None
-    return f"{entry!r} is not a user name, a numeric uid or \"@group\""
-
-
-def whole(value: Any) -> bool:
-    """Tell whether it is a whole number that is not negative; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    """Put an entry at the end of a memory that is bounded; what was put there the longest ago is forgotten first."""
-    memory.pop(key, None)
-    memory[key] = value
-    if len(memory) > MOST_REMEMBERED:
-        del memory[next(iter(memory))]
-
-
-# ------------------------------------------------------------------------- settings: every rule in one place
-def settings_problems(values: dict[str, Any]) -> Iterator[str]:
-    """Check all settings; yield one sentence a problem, naming the setting, its value and the rule."""
-    for name, problem in itertools.chain(path_problems(values), list_problems(values), user_problems(values)):
-        yield f"{name} = {values[name]!r}: {problem}"
-    if not whole(values["timeout"]) or values["timeout"] > LONGEST_TIMEOUT:
-        yield f"timeout = {values['timeout']!r}: must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
-    for name, actions in (("blocked_action", ("reject", "tempfail", "quarantine", "log")),
-                          ("unidentified_action", ("accept", "tempfail", "quarantine", "reject"))):
-        if values[name] not in actions:
-            yield f"{name} = {values[name]!r}: must be one of " + ", ".join(map(repr, actions))
-    header = values["header_name"]
-    if not isinstance(header, str) or not re.fullmatch(r"[!-9;-~]{1,76}", header):
-        yield f"header_name = {header!r}: must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
-
-
-def path_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Check the socket's path and directory."""
-    path = values["socketname"]
-    if not isinstance(path, str) or not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 107:
-        yield "socketname", "must be an absolute path of at most 107 bytes, all printable"
-    elif not os.path.isdir(os.path.dirname(path)):
-        yield "socketname", f"there is no directory {os.path.dirname(path)}"
-    else:
-        user = account(values["run_as_user"])
-        directory = os.stat(os.path.dirname(path))
-        if user and not may_write(directory, user):
-            yield "socketname", f"user {user.pw_name} may not write to {os.path.dirname(path)}"
-        if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-            yield "socketname", "there is something at that path that is not a socket"
-
-
-def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Check the settings that are lists."""
-    for name in ("header_fields", "log_fields"):
-        if not isinstance(values[name], list) or any(field not in FIELDS for field in values[name]):
-            yield name, "must be a list of " + ", ".join(FIELDS)
-        elif len(set(values[name])) < len(values[name]):
-            yield name, "names a field twice"
-    if not isinstance(values["blocked_mailusers"], list):
-        yield "blocked_mailusers", 'must be a list, like ["bob"]'
-    else:
-        for problem in filter(None, map(entry_problem, values["blocked_mailusers"])):
-            yield "blocked_mailusers", problem
-    command = values["lsof_command"]
-    if not isinstance(command, list) or not all(isinstance(w, str) and w and "\0" not in w for w in command):
-        yield "lsof_command", "must be a list of words, or []"
-
-
-def user_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Check run_as_user, the block list's file and the limits."""
-    user, name = account(values["run_as_user"]), values["run_as_user"]
-    if name is not None and user is None:
-        yield "run_as_user", "there is no such user"
-    elif user and os.geteuid() not in (0, user.pw_uid):
-        yield "run_as_user", f"started under uid {os.geteuid()}, which is neither root nor that user"
-    file = values["blocked_mailusers_file"]
-    if isinstance(file, str) and file.startswith("/"):
-        try:
-            read_entries(file, user.pw_uid if user else os.geteuid())
-        except (OSError, ValueError) as error:
-            yield "blocked_mailusers_file", str(error)
-    elif file is not None:
-        yield "blocked_mailusers_file", "must be an absolute path, or None"
-    limits = values["hourly_limits"]
-    if not isinstance(limits, dict):
-        yield "hourly_limits", 'must be like {"*": 200, "root": None}'
-        return
-    for key, limit in limits.items():
-        if key != "*" and not whole(key) and account(key) is None:
-            yield "hourly_limits", f"there is no user {key!r}"
-        if limit is not None and not whole(limit):
-            yield "hourly_limits", f"{key!r}: a limit is a whole number of recipients, or None"
-
-
-def account(name: Any) -> Optional[pwd.struct_passwd]:
-    """Look a user up by name; None if there is none of that name."""
-    try:
-        return pwd.getpwnam(name)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
-    """Tell whether a user, without supplementary groups, may make files in a directory."""
-    mode = directory.st_mode >> (6 if directory.st_uid == user.pw_uid else 3 if directory.st_gid == user.pw_gid else 0)
-    return user.pw_uid == 0 or mode & 3 == 3
-
-
-def read_entries(path: str, owner: int) -> list[Any]:
-    """Read a block list's file, which root or that owner must own; OSError or ValueError if it may not be trusted."""
-    # non-blocking: it may be a FIFO
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is not a regular file")
-        if status.st_uid not in (0, owner) or status.st_mode & 0o022:
-            raise ValueError(f"{path} must belong to root or run_as_user and be writable by its owner only")
-        data = file.read(MOST_FILE_BYTES + 1)
-    if len(data) > MOST_FILE_BYTES:
-        raise ValueError(f"{path} is larger than {MOST_FILE_BYTES} bytes")
-    entries = [line.split("#", 1)[0].strip() for line in data.decode("utf-8").split("\n")]
-    for number, entry in enumerate(entries, 1):
-        problem = entry and entry_problem(entry)
-        if problem:
-            raise ValueError(f"{path}, line {number}: {problem}")
-    return [entry for entry in entries if entry]
-
-
-# ---------------------------------------------------------------------------------------------------- log
-saying = threading.RLock()  # a signal's handler may speak while the same thread does
-
-
-def say(level: int, text: str) -> None:
-    """Write one line, quoted by the caller, to stderr: for journald with its level (sd-daemon(3)), else with time."""
-    # A full disk or a closed pipe must not reach the mail; and a pipe that takes one line might not take two.
-    with contextlib.suppress(OSError), saying:
-        status = os.fstat(2)  # which is there, see main; the journal's are in JOURNAL_STREAM (systemd.exec(5))
-        journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-        stamp = f"<{level}>" if journalled else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {LEVELS[level]} "
-        data = (stamp + text).encode("utf-8", "backslashreplace")[:LINE_BYTES] + b"\n"
-        if select.select([], [2], [], 0)[1]:  # else nobody reads, and the line is lost
-            os.write(2, data)
-
-
-class Complaints:
-    """Log a fault that may repeat for every connection once a minute, with a count."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, tuple[float, int]] = {}
-
-    def __call__(self, text: str, detail: str = "") -> bool:
-        """Log an error unless the same text was logged in the last minute; tell whether it was."""
-        last, count = self.seen.get(text, (float("-inf"), 0))
-        if time.monotonic() - last < REFRESH_SECONDS:
-            self.seen[text] = last, count + 1
-            return False
-        self.seen[text] = time.monotonic(), 0
-        say(ERROR, text + (f": {quote(detail)}" if detail else "") + (f" ({count} more before)" if count else ""))
-        return True
-
-
-complain = Complaints()
-
-
-def report_exception(kind: Any, error: Any, trace: Any) -> None:
-    """Log a traceback; pymilter's own, from bytes it could not decode, come here as sys.excepthook."""
-    if complain(f"a callback failed: {kind.__name__}"):
-        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
-            say(ERROR, "  " + escape(line.encode("utf-8", "backslashreplace")))
-
-
-# -------------------------------------------------------------------------------------- the kernel's answer
-def sock_diag(request: bytes) -> list[Diag]:
-    """Ask the kernel; [] if it has no such socket, OSError with its errno if it refuses. Takes no privilege, and 10 us.
-
-    Through ctypes, which keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
-    lock up and get it back costs several times as much where many connections are under way. A dump goes through all
-    sockets of the host, which takes up to milliseconds, and gives it up.
+    It takes no privilege. The two sockets are opened once, so that a milter that is short of
+    descriptors still knows its clients.
     """
-    found: list[Diag] = []
-    dump = struct.unpack_from("=H", request, 6)[0] & NLM_F_DUMP
-    answer = ctypes.create_string_buffer(16384 if dump else 2048)
-    try:
-        netlink = idle_netlink.pop()
-    except IndexError:
-        netlink = checked(LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG))
-    try:
-        library = LIBC_UNLOCKED if dump else LIBC
-        checked(library.send(netlink, request, len(request), 0))
-        more = True
-        while more:
-            length = checked(library.recv(netlink, answer, len(answer), socket.MSG_DONTWAIT))
-            replies = list(diag_replies(ctypes.string_at(answer, length)))
-            found += filter(None, replies)
-            more = bool(dump) and None not in replies
-    except FileNotFoundError:
-        pass  # an answer like any other
-    except BaseException:
-        LIBC.close(netlink)  # what is left in it would be taken for the answer to the next question
-        raise
-    if dump or idle_netlink:  # many can be under way at once, and as many sockets would be kept
-        LIBC.close(netlink)
-    else:
-        idle_netlink.append(netlink)
-    return found
+
+    name = "sock_diag"
+
+    def __init__(self, dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
+        """Open the sockets; dialled: says what a redirected client dialled, or why that is unknown."""
+        self.dialled, self.lock, self.number = dialled, threading.Lock(), 0
+        self.buffer = ctypes.create_string_buffer(8192)
+        self.sock_diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+        self.rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
+
+    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
+        """Say whose the client's end is; None if the client is not on this host.
+
+        server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
+        """
+        if server is None or not server.port or not any(server.address):
+            server = self.server_end(client, server.port if server else 0)
+        if server is None:
+            return ClientSocket(None, "closed") if self.is_local(client.address) else None
+        interface, client_end = LOOPBACK, self.find(client, server, LOOPBACK)
+        if client_end is None:
+            if not self.is_local(client.address):
+                return None
+            interface, client_end = self.find_on_any_device(client, server)
+        mta_end = self.find(server, client, interface)
+        if client_end is None and mta_end and mta_end.inode:
+            dialled = self.dialled(mta_end)
+            if isinstance(dialled, str):
+                return ClientSocket(None, dialled)
+            interface, client_end = self.find_on_any_device(client, dialled)
+        why = why_no_owner(client_end, mta_end)
+        if why or client_end is None or mta_end is None:
+            return ClientSocket(None, why)
+        return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
+                            client, server, interface, mta_end.read)
+
+    def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
+        """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
+        mta_end = self.find(owner.mta_end, owner.client, owner.interface)
+        return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
+
+    def find(self, source: Endpoint, destination: Endpoint, interface: int) -> Optional[Diag]:
+        """Ask for one socket by both ends; None if there is none."""
+        question = diag_request(source, destination, interface)
+        try:
+            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question))
+        except FileNotFoundError:
+            return None
+        # The kernel may offer a listener instead.
+        is_it = (diag.source, diag.destination) == (source, destination) and diag.state in STATES
+        return diag if is_it else None
+
+    def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> tuple[int, Optional[Diag]]:
+        """Ask for one socket whatever device it is bound to; give the index that found it, too.
+
+        A socket that is bound to a device is found under its index only, any other under each.
+        """
+        for interface, _ in socket.if_nameindex():
+            diag = self.find(source, destination, interface)
+            if diag:
+                return interface, diag
+        return 0, None
+
+    def server_end(self, client: Endpoint, port: int) -> Optional[Endpoint]:
+        """Read the server's end from the MTA's own; None if there is none, or several. port: 0: any."""
+        ends = set()
+        for address in b"\0" * 4, b"\0" * 16:
+            for diag in dump_sockets(Endpoint(address, port), Endpoint(b"", client.port)):
+                accepted = diag.destination == client and diag.inode
+                if accepted and port in (0, diag.source.port):
+                    ends.add(diag.source)
+        return ends.pop() if len(ends) == 1 else None
+
+    def is_local(self, address: bytes) -> bool:
+        """Tell whether an address is this host's own, by its routing table; OSError if it says nothing."""
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        question = struct.pack("=BB10xHH", family, 8 * len(address), 4 + len(address), RTA_DST)
+        try:
+            route = self.ask(self.rtnetlink, RTM_GETROUTE, question + address)
+        except OSError as error:
+            if error.errno in NO_ROUTE:
+                return False
+            raise
+        return route[7] == RTN_LOCAL  # rtm_type of struct rtmsg
+
+    def ask(self, netlink: socket.socket, kind: int, question: bytes) -> bytes:
+        """Send one request and give the body of its answer; OSError with the errno the kernel gives.
+
+        It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
+        returns, and to give the lock up costs several times as much under load.
+        """
+        with self.lock:
+            self.number = number = (self.number + 1) & 0xFFFFFFFF
+            request = struct.pack("=IHHII", 16 + len(question), kind, NLM_F_REQUEST, number, 0) + question
+            checked(LIBC.send(netlink.fileno(), request, len(request), 0))
+            while True:
+                size = checked(LIBC.recv(netlink.fileno(), self.buffer, len(self.buffer), socket.MSG_DONTWAIT))
+                answer = ctypes.string_at(self.buffer, size)
+                _, kind, _, answered = struct.unpack_from("=IHHI", answer)
+                if answered == number:  # else it is left from a question that failed
+                    break
+        return netlink_body(kind, answer[16:])
+
+
+def dump_sockets(source: Endpoint, destination: Endpoint) -> list[Diag]:
+    """List the TCP sockets with these ports (0: any), of the source's family. Takes milliseconds."""
+    question = diag_request(source, destination, 0)
+    header = struct.pack("=IHHII", 16 + len(question), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 0, 0)
+    found = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+        netlink.send(header + question)
+        while True:
+            data = netlink.recv(32768)
+            while data:
+                size, kind = struct.unpack_from("=IH", data)
+                body = netlink_body(kind, data[16:size])
+                if kind == NLMSG_DONE:
+                    return found
+                found.append(read_diag(body))
+                data = data[max(16, (size + 3) & ~3):]
+
+
+def netlink_body(kind: int, body: bytes) -> bytes:
+    """Pass on the body of a message; OSError if it is an error. FileNotFoundError: no such socket."""
+    if kind == NLMSG_ERROR:
+        code = -struct.unpack_from("=i", body)[0]
+        raise OSError(code, os.strerror(code))
+    return body
 
 
 def checked(result: int) -> int:
@@ -590,463 +779,810 @@ def checked(result: int) -> int:
     return result
 
 
-def find_socket(source: Endpoint, destination: Endpoint, interface: int) -> Optional[Diag]:
-    """Ask for one socket by both ends; None if there is none, and never a listener that the kernel offers instead."""
-    for diag in sock_diag(diag_request(source, destination, interface)):
-        if diag.source == source and diag.destination == destination and diag.state in STATES:
-            return diag
-    return None
+def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
+    """Build a struct inet_diag_req_v2 for one socket, given by both ends."""
+    family = socket.AF_INET6 if len(source.address or destination.address) == 16 else socket.AF_INET
+    states = sum(1 << state for state in STATES)
+    return struct.pack("=BBBBI2s2s16s16sIQ", family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0,
+                       states, source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+                       source.address, destination.address, interface, ANY_COOKIE)
 
 
-def own_end(client: Endpoint, port: int) -> Optional[Endpoint]:
-    """Read the server's end from the MTA's accepted socket; None if there is none, or several; port: 0 if not known."""
-    ends = {diag.source for address in (b"\0" * 4, b"\0" * 16)
-            for diag in sock_diag(diag_request(Endpoint(address, port), Endpoint(b"", client.port), 0, NLM_F_DUMP))
-            if diag.destination == client and diag.inode and port in (0, diag.source.port)}  # inode: it is accepted
-    return ends.pop() if len(ends) == 1 else None
+def read_diag(body: bytes) -> Diag:
+    """Read one struct inet_diag_msg with its attributes; OSError if it is cut short."""
+    if len(body) < 72:
+        raise OSError(0, "sock_diag gave a message that is cut short")
+    family, state = body[0], body[1]
+    ends = []
+    for port, address in (body[4:6], body[8:24]), (body[6:8], body[24:40]):
+        if family == socket.AF_INET:
+            address = address[:4]
+        elif address.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped
+            address = address[12:]
+        ends.append(Endpoint(address, int.from_bytes(port, "big")))
+    cookie, _, unread, _, uid, inode = struct.unpack_from("=QIIIII", body, 44)
+    cgroup, read, at = 0, 0, 72
+    while at + 4 <= len(body):
+        size, kind = struct.unpack_from("=HH", body, at)
+        if kind == INET_DIAG_CGROUP_ID:
+            cgroup = struct.unpack_from("=Q", body, at + 4)[0]
+        elif kind == INET_DIAG_INFO and size >= 4 + TCPI_BYTES_RECEIVED + 8:
+            read = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0] - unread
+        at += max((size + 3) & ~3, 4)
+    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, read)
 
 
-def is_local(address: bytes) -> bool:
-    """Tell whether an address is this host's, by binding it; OSError if that cannot be told."""
-    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    text = socket.inet_ntop(family, address)
-    with contextlib.suppress(FileNotFoundError):
-        with open(f"/proc/sys/net/ipv{4 if len(address) == 4 else 6}/ip_nonlocal_bind", "rb") as file:
-            if file.read().strip() != b"0":  # then everything can be bound
-                own = {a.address.split("%")[0] for nics in psutil.net_if_addrs().values() for a in nics}
-                return text in own or ipaddress.ip_address(address).is_loopback
-    scopes = [index for index, _ in socket.if_nameindex()] if address[:1] == b"\xfe" else [0]
-    for scope in scopes:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((text, 0) if family == socket.AF_INET else (text, 0, 0, scope))
-                return True
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:  # no port is free, but the address is ours
-                    return True
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EINVAL):
-                    raise
-    return False
+def why_no_owner(client_end: Optional[Diag], mta_end: Optional[Diag]) -> str:
+    """Say why the owner of the client's end is not known, or ""."""
+    if client_end is None or (not client_end.uid and not client_end.inode):
+        return "closed"  # an orphan: the kernel has forgotten whose it was
+    if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
+        return "error"
+    if mta_end is None or not mta_end.inode:
+        return "reused"  # the MTA has accepted the one it asks about: this is a later one
+    return ""
 
 
-def find_owner(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
-    """Ask the kernel whose the client's end is; None if the client is not on this host.
+class PsutilLookup:
+    """Do what KernelLookup does where there is no sock_diag: slowly, with the holder for the owner."""
 
-    server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
+    name = "psutil (holders, not owners)"
+
+    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
+        """Say who has the client's end; None if the client is not on this host; psutil.Error, OSError."""
+        found = [(endpoint(*one.laddr), endpoint(*one.raddr), one.pid)
+                 for one in psutil.net_connections("tcp") if one.raddr]
+        if server is None or not server.port or not any(server.address):
+            ends = {near for near, far, _ in found if far == client}
+            server = ends.pop() if len(ends) == 1 else None
+        for near, far, pid in found:
+            if (near, far) == (client, server):
+                if pid is None:  # psutil.Process(None) would be this process
+                    return ClientSocket(None, "not-permitted")
+                holder = psutil.Process(pid)
+                return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
+                                    mta_end=far, process=holder)
+        local = ipaddress.ip_address(client.address) in own_addresses()
+        return ClientSocket(None, "closed") if local or client.address[:1] == b"\x7f" else None
+
+    def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
+        """Look for the holder once more. What the MTA has read cannot be known: it counts as more."""
+        again = self.find_client_socket(owner.client, owner.mta_end)
+        return again.cookie if again else None, owner.mta_bytes_read + 1
+
+
+Lookup = Union[KernelLookup, PsutilLookup]
+
+
+def own_addresses() -> set[Any]:
+    """Give the addresses of this host's interfaces."""
+    return {ipaddress.ip_address(one.address.split("%")[0])
+            for nics in psutil.net_if_addrs().values() for one in nics
+            if one.family in (socket.AF_INET, socket.AF_INET6)}
+
+
+def choose_lookup(dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
+    """Try the kernel on a connection of our own; give the lookup that works, and what is wrong, or "".
+
+    Raises OSError if there can be no connection.
     """
-    if server is None or not server.port or not any(server.address):
-        server = own_end(client, server.port if server else 0)
-    if server is None:
-        return Owner(None, "closed") if is_local(client.address) else None
-    # A socket bound to a device is found under that device's index only, any other under every index.
-    interface, diag = LOOPBACK, find_socket(client, server, LOOPBACK)
-    if diag is None and not is_local(client.address):
-        return None
-    for index, _ in socket.if_nameindex() if diag is None else ():
-        interface, diag = index, find_socket(client, server, index)
-        if diag:
-            break
-    if diag is None:
-        accepted = find_socket(server, client, 0)
-        return Owner(None, "redirected" if accepted and accepted.inode else "closed")
-    if not diag.uid and not diag.inode:
-        return Owner(None, "closed")  # an orphan: the kernel has forgotten whose it was
-    if diag.uid == OVERFLOW_UID and mapped_uids() < 1 << 32:
-        return Owner(None, "error")
-    accepted = find_socket(server, client, interface)
-    if accepted is None or not accepted.inode:  # the MTA has accepted the one it asks about: this is a later one
-        return Owner(None, "reused")
-    return Owner(diag.uid, "", diag.inode, diag.cgroup, accepted.cookie, server, interface, accepted.read or 0)
-
-
-def same_socket(client: Endpoint, owner: Owner) -> str:
-    """Ask again, when the message is complete; give the reason why the owner must not be believed, or "".
-
-    Only the MTA's end is asked about: while it lives, the client's end cannot change hands. A pair that has come in
-    their place since the first look has another cookie. From one that came before it the MTA reads nothing (past a TLS
-    handshake at once) until it has shown that one to the milter, too, and then both are known to be shared.
-    """
-    accepted = find_socket(owner.server, client, owner.interface)
-    if accepted is None:
-        return "closed"
-    return "" if accepted.cookie == owner.cookie and (accepted.read or 0) > owner.read else "reused"
-
-
-def find_owner_psutil(client: Endpoint, server: Optional[Endpoint]) -> Optional[Owner]:
-    """Do what find_owner does where there is no sock_diag: it gives the holder for the owner, and takes long."""
-    connections = [(endpoint(*c.laddr), endpoint(*c.raddr), c.pid)
-                   for c in psutil.net_connections("tcp") if c.raddr]
-    if server is None or not server.port or not any(server.address):
-        ends = {near for near, far, _ in connections if far == client}
-        server = ends.pop() if len(ends) == 1 else None
-    for near, far, pid in connections:
-        if server and (near, far) == (client, server):
-            if pid is None:  # psutil.Process(None) would be this process
-                return Owner(None, "not-permitted")
-            holder = psutil.Process(pid)
-            return Owner(holder.uids().effective, "", 0, 0, (client, pid), server, 0, 0, holder)
-    return Owner(None, "closed") if is_local(client.address) else None
-
-
-def same_socket_psutil(client: Endpoint, owner: Owner) -> str:
-    """Do what same_socket does where there is no sock_diag."""
-    again = find_owner_psutil(client, owner.server)
-    return "" if again and again.cookie == owner.cookie else "reused"
-
-
-def kernel_problem() -> str:
-    """Try sock_diag on a connection of our own; give what is wrong, or ""; OSError if there can be no connection."""
     if not LINUX:
-        return "there is no sock_diag here"
+        return PsutilLookup(), "there is no sock_diag here"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as connection:
             client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
             try:
-                diag = find_socket(client, server, LOOPBACK)
+                lookup = KernelLookup(dialled)
+                diag, local = lookup.find(client, server, LOOPBACK), lookup.is_local(client.address)
             except OSError as error:
-                return f"sock_diag: {error.strerror}"
-            if diag is None:
-                return "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
-            if (diag.uid, diag.inode) != (os.geteuid(), os.fstat(connection.fileno()).st_ino):
-                return "sock_diag gives a wrong owner for a connection of our own"
-            return "" if diag.read is not None else "sock_diag does not count bytes received (Linux 4.1 does)"
+                return PsutilLookup(), f"sock_diag: {error.strerror}"
+            expected = os.geteuid(), os.fstat(connection.fileno()).st_ino
+    if diag is None:
+        problem = "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+    elif (diag.uid, diag.inode) != expected or not local:
+        problem = "sock_diag and rtnetlink are wrong about a connection of our own"
+    else:
+        return lookup, ""
+    return PsutilLookup(), problem
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
 def mapped_uids() -> int:
-    """Count the uids that this process's user namespace maps; 1 << 32 is all of them, as on the host itself."""
+    """Count the uids that this process's user namespace maps; ALL_UIDS on the host itself."""
     try:
         with open("/proc/self/uid_map", encoding="ascii") as file:
-            return sum(int(line.split()[2]) for line in file) + 1
+            return sum(int(line.split()[2]) for line in file)
     except FileNotFoundError:  # a kernel without user namespaces
-        return 1 << 32
+        return ALL_UIDS
 
 
-# ------------------------------------------------------------------------------------------- the directory
-class Workers:
-    """A few threads for calls that can take long: a fixed number, behind a queue that has an end."""
+def why_not_root(port: int, facts: Facts) -> str:
+    """Say why root must not be named for a socket that root made, or "".
 
-    def __init__(self, threads: int, waiting: int) -> None:
-        self.jobs: queue.Queue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = queue.Queue(waiting)
-        for _ in range(threads):
-            threading.Thread(target=self._work, daemon=True).start()
+    Root's programs leave sockets to processes of others, who can disconnect them and dial with
+    them. A listener still has its server's port. Whoever has an accepted one is looked for by those
+    who describe the process; "holder" says whether that is anyone but root.
+    """
+    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+        low, high = map(int, file.read().split())  # the ports the kernel gives to clients by itself
+    if not low <= port <= high:
+        return "handed-down"
+    if "holder" not in facts:
+        return str(facts.get("why", "error"))
+    return "" if facts["holder"] == 0 else "handed-down"
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Have a function called; queue.Full if too many wait for that."""
-        future: Future[Any] = Future()
-        self.jobs.put_nowait((future, function, arguments))
-        return future
+
+# --------------------------------------------------------- policy: who that is, and what he may do
+class Directory:
+    """What the directory service (NSS) says, remembered. One thread asks it.
+
+    Known things are answered from memory, and asked about anew behind the answer, once a minute and
+    when a file of accounts changes. For something new the session that asks waits, and no other.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.changes = threading.Lock(), 0  # counts the answers that differ from the last
+        self.answers: dict[Any, tuple[Any, float, Any]] = {}  # with their time, and state of the files
+        self.asked: dict[Any, threading.Event] = {}
+        self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def account(self, uid: int) -> Account:
+        """Say who has a uid."""
+        found, current = self.ask(look_up_account, uid, FIRST_SECONDS, NAME_SECONDS)
+        account: Account = found or Account(uid, uid)
+        if current:
+            return account
+        # NSS says nothing: blocked are his groups of before, and the name that /etc/subuid has.
+        return said_by_subuid(account._replace(name=None, answered=False))
+
+    def ask(self, function: Callable[..., Any], key: Any, first: float, again: float) -> tuple[Any, bool]:
+        """Give NSS's answer, or None; and whether it is one to the files as they are.
+
+        first, again: seconds to wait for something new, or for something a minute old.
+        """
+        question, files, now = (function, key), state_of_files(), time.monotonic()
+        answer, since, then = self.answers.get(question, (None, now, None))
+        known = files == then
+        if known and now - since < REFRESH_SECONDS:
+            return answer, True
+        with self.lock:
+            event, is_first = self.asked.get(question), question not in self.asked
+            if event is None:
+                event = self.asked[question] = threading.Event()
+                self.questions.put(question)
+        if not event.wait((again if is_first else 0.0) if known else first) and not known:
+            with self.lock:  # nobody waits: a flood of uids that are new holds up no others
+                self.asked.pop(question, None)
+        answer, _, latest = self.answers.get(question, (answer, now, then))
+        return answer, known or latest != then
 
     def _work(self) -> None:
         while True:
-            future, function, arguments = self.jobs.get()
+            question = self.questions.get()
+            event, files = self.asked.get(question), state_of_files()
+            if event is None:
+                continue
+            last, _, then = self.answers.get(question, (None, 0.0, files))
+            function, key = question
             try:
-                future.set_result(function(*arguments))
-            except Exception as error:  # it belongs to whoever waits for the result
-                future.set_exception(error)
+                answer = function(key, last, files != then)
+                self.changes += answer != last
+                remember(self.answers, question, (answer, time.monotonic(), files))
+            except Exception as error:
+                complain("the directory service (NSS) could not be asked", str(error))
+            with self.lock:
+                latest = self.asked.pop(question, event)
+            for waited_for in event, latest:
+                waited_for.set()
 
 
-@functools.lru_cache(maxsize=1)
-def delegated_ranges(state: tuple[int, ...]) -> list[tuple[int, int, str]]:
-    """Read /etc/subuid (subuid(5)): first uid, count, user name or number; state: of the file when it was read."""
-    with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
-        parts = [line.strip().split(":") for line in file]
-    return [(int(part[1]), int(part[2]), part[0]) for part in parts
-            if len(part) == 3 and part[1].isdigit() and part[2].isdigit()]
+def state_of_files() -> tuple[Any, ...]:
+    """Give what changes when a file of accounts does."""
+    return tuple(map(state_of, ("/etc/passwd", "/etc/group", "/etc/subuid")))
+
+
+def state_of(path: str) -> Any:
+    """Give what changes when a file does; None if it is not to be seen."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def look_up_account(uid: int, last: Optional[Account], changed: bool) -> Account:
+    """Ask NSS for the account with a uid, or the one it is delegated to, and for its groups.
+
+    last: what was answered before; changed: whether a file has changed since. Raises OSError,
+    ValueError.
+    """
+    account, delegates = account_of(uid, uid), delegated_to(uid)
+    if delegates and (account.name or len(delegates) > 1):
+        return account._replace(why="error")
+    if delegates and delegates[0].isdigit():
+        account = account_of(uid, int(delegates[0]))
+    elif delegates:
+        entry = account_by_name(delegates[0])
+        unsure = said_by_subuid(account._replace(answered=False))
+        account = account_of(uid, entry.pw_uid) if entry else unsure
+    if last and last.name and (account.name is None or account.why):
+        # NSS is down, or a file shows that the account is gone: neither unblocks its groups.
+        return account._replace(gids=last.gids) if changed else last
+    return account
+
+
+def account_of(kernel_uid: int, uid: int) -> Account:
+    """Ask NSS for the account of a uid and its groups; without a name if there is none."""
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        return Account(kernel_uid, uid, answered=True)
+    gids = set(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    with contextlib.suppress(OSError), open("/etc/passwd", "rb") as file:  # a uid can have two names
+        for name, gid in re.findall(rb"^([^:\n]+):[^:\n]*:%d:(\d+):" % uid, file.read(), re.MULTILINE):
+            gids.update(os.getgrouplist(os.fsdecode(name), int(gid)))
+    return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True)
+
+
+def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
+    """Ask NSS for the account of a name; None if there is none."""
+    try:
+        return pwd.getpwnam(name)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def look_up_name(name: str, last: Optional[int], changed: bool) -> Optional[int]:
+    """Ask NSS for the uid of a name. A directory that is down unblocks nobody: then it is the last one."""
+    entry = account_by_name(name)
+    if entry or last is None:
+        return entry.pw_uid if entry else None
+    return last if account_of(last, last).name in (None, name) else None  # or is somebody else's now
+
+
+def look_up_group(name: str, last: Optional[int], changed: bool) -> Optional[int]:
+    """Ask NSS for the gid of a group; if it does not find it, the last one."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return last
 
 
 def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) to whom a uid is delegated; [] if only to root, who can take any without."""
-    try:
-        status = os.stat("/etc/subuid")
-    except FileNotFoundError:
-        return []
-    ranges = delegated_ranges((status.st_ino, status.st_size, status.st_mtime_ns))
-    owners = [owner for first, count, owner in ranges if first <= uid < first + count]
+    """Give the users (names or numbers) a uid is delegated to; [] if to root only, who can take any."""
+    ranges = delegated_ranges(state_of("/etc/subuid"))
+    owners = sorted({owner for first, count, owner in ranges if first <= uid < first + count})
     return owners if set(owners) - {"root", "0"} else []
 
 
-def delegates(uid: int) -> tuple[Person, ...]:
-    """Give those users as they stand in the file: they may be blocked even while the directory does not answer."""
+@functools.lru_cache(maxsize=1)
+def delegated_ranges(state: Any) -> list[tuple[int, int, str]]:
+    """Read /etc/subuid (subuid(5)): first uid, count, user; state: of the file when it was read."""
+    ranges = []
+    if state:
+        with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                owner, *numbers = line.strip().split(":")
+                if len(numbers) == 2 and all(number.isdigit() for number in numbers):
+                    ranges.append((int(numbers[0]), int(numbers[1]), owner))
+    return ranges
+
+
+def said_by_subuid(account: Account) -> Account:
+    """Add what /etc/subuid alone says of a uid: a name he may be blocked by, and that it is not sure."""
     with contextlib.suppress(OSError, ValueError):
-        return tuple(Person(int(owner) if owner.isdigit() else uid, owner) for owner in delegated_to(uid))
-    return ()
+        delegates = delegated_to(account.kernel_uid)
+        if delegates:
+            return account._replace(name=delegates[0] if len(delegates) == 1 else None, why="error")
+    return account
 
 
-def by_uid(uid: int) -> Person:
-    """Ask the directory for the account with a uid."""
-    try:
-        entry = pwd.getpwuid(uid)
-        return Person(uid, entry.pw_name, entry.pw_gid, True)
-    except KeyError:
-        return Person(uid, settled=True)
+class Entries(NamedTuple):
+    """A list of users as it is at a moment."""
+
+    uids: frozenset[int] = frozenset()
+    names: frozenset[str] = frozenset()
+    gids: frozenset[int] = frozenset()
+    unresolved: frozenset[str] = frozenset()  # entries that NSS does not know
 
 
-def find_person(uid: int) -> Optional[Person]:
-    """Ask the directory who has a uid; None if it could be either of two. May take as long as the directory."""
-    person, owners = by_uid(uid), delegated_to(uid)
-    if not owners:
-        return person
-    uids = {int(owner) if owner.isdigit() else getattr(account(owner), "pw_uid", -1) for owner in owners}
-    return by_uid(uids.pop()) if len(uids) == 1 and -1 not in uids and person.name is None else None
+class UserList:
+    """A setting and a file of users as one list."""
 
-
-def resolve_entry(entry: Any, found: dict[Any, Entries]) -> Entries:
-    """Look one entry of a block list up; KeyError if the directory does not find it."""
-    if whole(entry) or entry.isdigit():
-        return Entries(frozenset([int(entry)]))
-    if entry.startswith("@"):
-        group = grp.getgrnam(entry[1:])
-        # By uid as well: who they are must not depend on the directory later.
-        members = resolve([name for name in group.gr_mem if not name.startswith("@")], found)
-        return Entries(members.uids, frozenset(group.gr_mem), frozenset([group.gr_gid]))
-    uid = pwd.getpwnam(entry).pw_uid
-    return Entries(frozenset([uid]), frozenset(filter(None, (entry, by_uid(uid).name))))  # a uid can have two names
-
-
-def resolve(entries: list[Any], found: dict[Any, Entries]) -> Entries:
-    """Look a block list up; what is not found counts as it was found last: a directory that is down unblocks nobody."""
-    for entry in entries:
-        try:
-            found[entry] = resolve_entry(entry, found)
-        except (KeyError, ValueError):
-            known = found.get(entry, Entries())
-            if not known.gids and any(by_uid(uid).name not in {None, *known.names} for uid in known.uids):
-                del found[entry]  # not a directory that is down: the uid is somebody else's now
-    return merge(found.get(entry, literal(entry)) for entry in entries)
-
-
-def literal(entry: Any) -> Entries:
-    """Take an entry as it stands, before any directory has been asked."""
-    if whole(entry) or entry.isdigit():
-        return Entries(frozenset([int(entry)]))
-    return Entries(names=frozenset([entry]), unresolved=frozenset([entry]))
-
-
-def merge(lists: Iterable[Entries]) -> Entries:
-    """Make one list of several."""
-    return Entries(*(frozenset().union(*sets) for sets in zip(*lists)))
-
-
-class Directory:
-    """Who has which uid, asked at most once a minute for each, by threads that no other connection waits for."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers, self.lock = workers, threading.Lock()
-        self.people: dict[int, tuple[float, Optional[Future[Any]], Optional[Person]]] = {}
-
-    def ask(self, uid: int) -> tuple[Optional[Future[Any]], Optional[Person]]:
-        """Begin to look a uid up where it is time to; give the answer to come and the last one."""
-        with self.lock:
-            asked, future, last = self.people.get(uid, (0.0, None, Person(uid)))
-            if future is None or future.done() and time.monotonic() - asked > REFRESH_SECONDS:
-                if future is not None and future.exception() is None and not (
-                        last and last.name and future.result() and future.result().name is None):
-                    last = future.result()
-                try:
-                    future, asked = self.workers.submit(find_person, uid), time.monotonic()
-                except queue.Full:
-                    complain("the directory service (NSS) is slow: users without a known name are given by number")
-            remember(self.people, uid, (asked, future, last))
-            return future, last
-
-    def person(self, uid: int, seconds: float = NAME_SECONDS) -> Optional[Person]:
-        """Say who has a uid; None if it could be either of two; a directory that takes longer gives the number."""
-        future, last = self.ask(uid)
-        if future is None:
-            return last
-        try:
-            new: Optional[Person] = future.result(0 if last is None or last.settled else seconds)
-        except LateError:
-            return last
-        except (OSError, ValueError) as error:
-            complain("a user could not be looked up", str(error))
-            return last
-        return last if new and new.name is None and last and last.name else new
-
-
-class BlockList:
-    """The two settings as one list, resolved anew once a minute and when the file changes."""
-
-    def __init__(self, fixed: list[Any], path: Optional[str], owner: int, workers: Workers) -> None:
-        self.fixed, self.path, self.owner, self.workers = fixed, path, owner, workers
-        self.lock, self.asked, self.entries, self.problem = threading.Lock(), float("-inf"), Entries(), ""
-        self.signature: Optional[tuple[int, ...]] = None
-        self.future: Optional[Future[Entries]] = None
-        self.from_file: list[Any] = []
-        self.found: dict[Any, Entries] = {}  # by entry, as the directory last had it
-        self.unresolved: frozenset[str] = frozenset()
+    def __init__(self, directory: Directory, setting: str, entries: list[Any],
+                 path: Optional[str] = None, owner: int = 0) -> None:
+        self.directory, self.setting, self.path, self.owner = directory, setting, path, owner
+        self.fixed = [unquoted(entry) for entry in entries]
+        self.listed, self.entries = self.fixed, Entries()
+        self.lock, self.state, self.problem = threading.Lock(), None, ""
+        self.read_at, self.made_at = time.monotonic(), 0.0
+        self.made_of: Any = None
+        self.warned: set[str] = set()
 
     def now(self) -> Entries:
-        """Give the list as it is at this moment; waits only just after the directory was asked, and not long."""
+        """Give the list as it is now. For names that NSS has not been asked about yet this waits, 3 s at most."""
         with self.lock:
-            if self.future and self.future.done():
-                if self.future.exception():
-                    complain("the block list could not be looked up", repr(self.future.exception()))
-                else:
-                    self.entries = self.future.result()
-            if self.path and self._reread(self.path) or self.future is None:  # what is written out counts at once
-                self.entries = merge(self.found.get(entry, literal(entry)) for entry in self.fixed + self.from_file)
-                self.future = None  # its answer would be to an older list
-            if self.future is None or self.future.done() and time.monotonic() - self.asked > REFRESH_SECONDS:
-                try:
-                    self.future = self.workers.submit(self._resolve, self.fixed + self.from_file)
-                    self.asked = time.monotonic()
-                except queue.Full:
-                    return self.entries  # asked again for the next message
-            future, last, wait = self.future, self.entries, self.asked + NAME_SECONDS - time.monotonic()
-        if not future.done():
-            wait_for([future], max(0.0, wait))
-        return future.result() if future.done() and not future.exception() else last
+            if self.path:
+                self._reread(self.path)
+            made_of = self.listed, self.directory.changes
+            old = time.monotonic() - self.made_at > REFRESH_SECONDS
+            if old or made_of != self.made_of:
+                self.made_of, self.made_at = made_of, time.monotonic()
+                self.entries = self._make()
+            return self.entries
 
-    def _resolve(self, entries: list[Any]) -> Entries:
-        resolved = resolve(entries, self.found)
-        if resolved.unresolved - self.unresolved:
-            names = quote(" ".join(sorted(resolved.unresolved)))
-            say(WARNING, f"block list: not found, tried again every minute: {names}")
-        self.unresolved = resolved.unresolved
-        return resolved
+    def _make(self) -> Entries:
+        uids, names, gids, unresolved = set(), set(), set(), set()
+        for entry in self.listed:
+            is_number = whole(entry) or entry.isdigit()
+            if is_number:
+                uids.add(int(entry))
+                names.add(str(entry))  # which a user can be called, too
+            if isinstance(entry, int) or (is_number and len(self.listed) > MOST_WARNED):
+                continue
+            group = entry.startswith("@")
+            function, name = (look_up_group, entry[1:]) if group else (look_up_name, entry)
+            wait = max(0.0, self.read_at + FIRST_SECONDS - time.monotonic())
+            number, answered = self.directory.ask(function, name, wait, 0.0)
+            if number is not None:
+                (gids if group else uids).add(number)
+            if not group:
+                names.add(entry)
+            if number is None and not is_number:
+                unresolved.add(entry)
+            if answered and (number is None) != is_number:
+                self._warn(entry, is_number)
+        return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
 
-    def _reread(self, path: str) -> bool:
+    def _warn(self, entry: str, is_number: bool) -> None:
+        if entry not in self.warned:
+            self.warned.add(entry)
+            what = "a uid, and also the name of a user: both are meant" if is_number else \
+                "not found; it is looked for again every minute"
+            say(WARNING, f"{self.setting}: {quote(entry)} is {what}")
+
+    def _reread(self, path: str) -> None:
+        state, listed, problem = state_of(path), self.listed, ""
+        if state and state == self.state:
+            return
         try:
-            status = os.stat(path)
-            signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-            if signature == self.signature:
-                return False
-            # A file written in this very moment may change again without its time stamp telling.
-            self.signature = signature if abs(time.time() - status.st_ctime) > 1 else None
-            entries, self.problem = read_entries(path, self.owner), ""
+            listed = self.fixed + read_entries(path, self.owner)
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError):
-                self.signature = None  # it may pass without a change of the file
-            if str(error) != self.problem:
-                self.problem = str(error)
-                say(ERROR, f"blocked_mailusers_file: the last good list stays in force: {quote(self.problem)}")
-            return False
-        changed, self.from_file = entries != self.from_file, entries
-        return changed
+            problem, state = str(error), state if isinstance(error, ValueError) else None
+            if problem != self.problem:
+                say(ERROR, f"{self.setting}_file: the last good list stays in force: {quote(problem)}")
+        # A file written in this very moment may change again without its time stamp telling.
+        rested = state and abs(time.time() - state[-1] / 1e9) > 1
+        self.state, self.problem = state if rested else None, problem
+        if listed != self.listed:
+            self.listed, self.read_at = listed, time.monotonic()
 
 
-# ---------------------------------------------------------------------------------------------- the limits
+def is_listed(account: Account, entries: Entries) -> bool:
+    """Tell whether a list has an account: by uid, also the one the kernel gave, by name or by group."""
+    return (not entries.uids.isdisjoint((account.uid, account.kernel_uid))
+            or account.name in entries.names or not entries.gids.isdisjoint(account.gids))
+
+
+def may_be_listed(account: Account, entries: Entries) -> bool:
+    """Tell whether a list has an account, or may have it as NSS has not said his name and groups."""
+    if is_listed(account, entries):
+        return True
+    unsaid = bool(entries.gids or entries.unresolved or (any(entries) and not account.answered))
+    return account.name is None and unsaid
+
+
+def why_refused(account: Account, blocked: Entries, allowed: Optional[Entries]) -> str:
+    """Say by which list a user may not send, or ""."""
+    if is_listed(account, blocked):
+        return "blocked"
+    return "not-allowed" if allowed and not may_be_listed(account, allowed) else ""
+
+
+def whole(value: Any) -> bool:
+    """Tell whether it is a whole number that is not negative; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
+    """Say what is wrong with the entries of a list of users."""
+    for entry in entries:
+        number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
+        is_uid = whole(number) and number < 1 << 32
+        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()  # not "²"
+        if not is_uid and not is_name:
+            yield f"{entry!r} is not a user name, a numeric uid or \"@group\""
+
+
+def unquoted(entry: Any) -> Any:
+    r"""Give an entry that was pasted from the log, in double quotes with some bytes as \xNN, as it was."""
+    if not isinstance(entry, str) or not re.fullmatch(r'@?"(?:[^"\\]|\\x[0-9a-f]{2})+(?<!\.\.\.)"', entry):
+        return entry
+    data = entry.replace('"', "").encode("utf-8", "surrogatepass")
+    data = re.sub(rb"\\x(..)", lambda code: bytes([int(code[1], 16)]), data)
+    return data.decode("utf-8", "surrogateescape")
+
+
+def read_entries(path: str, owner: int) -> list[Any]:
+    """Read a file of users, which root or that owner must own; OSError, ValueError if it cannot be trusted."""
+    entries = []
+    for number, line in enumerate(read_trusted(path, owner).split("\n"), 1):
+        entry = unquoted(re.sub(r'^(\s*@?"[^"]*")?([^#]*).*$', r"\1\2", line).strip())
+        for problem in entry_problems([entry] if entry else []):
+            raise ValueError(f"{path}, line {number}: {problem}")
+        entries += [entry] if entry else []
+    return entries
+
+
+def read_trusted(path: str, owner: int) -> str:
+    """Read a text that root or that owner must own; OSError, ValueError if it cannot be trusted."""
+    # non-blocking: it may be a FIFO
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        if status.st_uid not in (0, owner) or status.st_mode & 0o022:
+            raise ValueError(f"{path} must belong to root or uid {owner} and be writable by its owner only")
+        data = file.read(MOST_FILE_BYTES + 1)
+    if len(data) > MOST_FILE_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_FILE_BYTES} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
 class Limits:
-    """Recipients of each uid in the last hour, in steps of a minute; after 10,000 users the longest silent goes."""
+    """Recipients of each uid in the last hour, in steps of a minute; the longest silent are forgotten."""
 
     def __init__(self, limits: dict[Any, Optional[int]]) -> None:
         self.everyone, self.lock = limits.get("*"), threading.Lock()
-        users = ((key if whole(key) else getattr(account(key), "pw_uid", None), limit) for key, limit in limits.items())
-        self.limits = {uid: limit for uid, limit in users if uid is not None}
         self.counts: dict[int, dict[int, int]] = {}
+        self.limits = {}
+        for key, limit in limits.items():
+            entry = account_by_name(key)
+            if entry or whole(key):
+                self.limits[entry.pw_uid if entry else key] = limit
 
     def used(self, uid: int, minute: int) -> int:
-        """Count what a uid addressed in this minute and the sixty before, so that no period of an hour is missed."""
+        """Count what a uid addressed in this minute and the sixty before, so that no hour is missed."""
         counts = self.counts.get(uid, {})
         for old in [then for then in counts if then < minute - 60]:
             del counts[old]
         return sum(counts.values())
 
-    def take(self, person: Person, recipients: int, refuse: bool) -> Optional[int]:
-        """Count a message; give the limit if it goes over it (and, if refuse, do not count it), else None."""
-        limit, minute = self.limits.get(person.uid, self.everyone), int(time.monotonic() // 60)
+    def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
+        """Count a message, unless it is refused; None if its user is not over his limit."""
+        limit, minute = self.limits.get(account.uid, self.everyone), int(time.monotonic() // 60)
         if limit is None:
             return None
         with self.lock:
-            used = self.used(person.uid, minute)
+            used = self.used(account.uid, minute)
             over = used + recipients > limit
-            if not (over and refuse):
-                counts = self.counts.get(person.uid, {})
+            if not over or blocked_action not in REFUSALS:
+                counts = self.counts.get(account.uid, {})
                 counts[minute] = counts.get(minute, 0) + recipients
-                remember(self.counts, person.uid, counts)
-        if not over and used < 0.8 * limit <= used + recipients:
-            say(WARNING, f"user={quote(person.name or person.uid)} has addressed {used + recipients} "
-                         f"of {limit} recipients an hour")
-        return limit if over else None
+                remember(self.counts, account.uid, counts)
+        name = quote(account.name or account.uid)
+        if over:
+            complain(f"user={name} is over the limit of {limit} recipients an hour", level=WARNING)
+            action = "tempfail" if blocked_action in REFUSALS else blocked_action
+            return Verdict(action, "limit", f"User {name} is over the limit of {limit} recipients an hour")
+        if used < 0.8 * limit <= used + recipients:
+            say(WARNING, f"user={name} has addressed {used + recipients} of {limit} recipients an hour")
+        return None
 
 
-# ----------------------------------------------------------------------------------- finding the process
+def passed() -> Verdict:
+    """Let a message through, tagged if a header is wanted."""
+    return Verdict("tag" if header_fields else "pass")
+
+
+def refusal(reason: str, user: Any) -> Verdict:
+    """Do what blocked_action says."""
+    return Verdict(blocked_action, reason, f"User {quote(user)} is blocked from sending mail")
+
+
+def unidentified(why: str) -> Verdict:
+    """Do what unidentified_action says, but refuse nothing for good where the fault is ours."""
+    if unidentified_action == "accept":
+        return passed()
+    ours = unidentified_action == "reject" and why in OUR_FAULTS
+    return Verdict("tempfail" if ours else unidentified_action, "unidentified", UNIDENTIFIED)
+
+
+# ------------------------------------------------------- description: which process has the socket
+# The helper is asked in this form, and with nothing else: number, kind, uid, inode, cgroup. It
+# answers in JSON: the number, and facts about one process or an address and a port.
+QUESTION = struct.Struct("=QBIQQ")
+WHO_HAS, WHAT_WAS_DIALLED = 1, 2
+
+
+class Describer:
+    """Have processes described by whoever may see them: the helper while it is there, else sudo lsof.
+
+    The helper is asked one thing at a time. While it owes an answer, nobody waits for it.
+    """
+
+    def __init__(self, channel: Optional[socket.socket], by_lsof: Optional[bool]) -> None:
+        """Make one; by_lsof: whether sudo allows it, None: that is asked when the helper has ended."""
+        self.channel, self.by_lsof = channel, by_lsof
+        self.lock, self.number, self.owes = threading.Lock(), 0, False
+        self.places = threading.Semaphore(LSOF_PROCESSES)
+        self.hanging: list[subprocess.Popen[bytes]] = []  # calls of lsof that are past their time
+        if channel:
+            threading.Thread(target=self._watch, args=(channel,), daemon=True).start()
+
+    def describe(self, owner: ClientSocket) -> Facts:
+        """Say which process has a socket, and what it is; {"why": word} if that is not known."""
+        try:
+            if owner.process:
+                return describe_psutil(owner.process)
+            if owner.inode == 0:
+                return {"why": "gone"}
+            if self.channel:
+                return self._ask_helper(WHO_HAS, owner.uid or 0, owner.inode, owner.cgroup)
+            return self._ask_lsof(owner) if self.by_lsof else {"why": "no-helper"}
+        except psutil.Error:
+            return {"why": "gone"}
+        except OSError as error:  # no process, no descriptor, no sudo
+            complain("a process could not be described", str(error))
+            return {"why": "error"}
+
+    def dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
+        """Say what the client of the MTA's end dialled before a firewall redirected it; or why not."""
+        facts = self._ask_helper(WHAT_WAS_DIALLED, mta_end.uid, mta_end.inode, mta_end.cgroup)
+        if "address" in facts:
+            return endpoint(facts["address"], facts["port"])
+        return str(facts["why"]) if facts.get("why") in ("busy", "timeout") else "redirected"
+
+    def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
+        deadline = time.monotonic() + HELPER_SECONDS
+        if not self.lock.acquire(timeout=HELPER_SECONDS):
+            return {"why": "busy"}
+        try:
+            channel = self.channel
+            if channel is None:
+                return {"why": "no-helper"}
+            if self.owes and self._receive(channel, 0.0) is None:
+                return {"why": "timeout"}
+            self.number += 1
+            channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup), socket.MSG_DONTWAIT)
+            self.owes = True
+            return self._receive(channel, deadline) or {"why": "timeout"}
+        except OSError:  # it has ended just now, which _watch says
+            return {"why": "no-helper"}
+        finally:
+            self.lock.release()
+
+    def _receive(self, channel: socket.socket, deadline: float) -> Optional[Facts]:
+        """Give the answer to the last question; None if it has not come by then."""
+        for _ in range(100):  # a helper gone mad must not keep anyone here
+            wait = max(0.0, deadline - time.monotonic())
+            if not select.select([channel], [], [], wait)[0]:
+                return None
+            data = channel.recv(65536, socket.MSG_DONTWAIT)
+            if not data:
+                raise ConnectionError
+            try:
+                facts = dict(json.loads(data))
+                number, holder = facts.pop("number"), facts.get("holder", 0)
+                if not whole(number) or not whole(holder) or holder >= 1 << 32:
+                    raise ValueError
+                if "address" in facts:
+                    endpoint(facts["address"], int(facts["port"]))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                complain("the helper gave an answer that is none")
+                continue
+            if number == self.number:  # else it was late
+                self.owes = False
+                return facts
+        return None
+
+    def _watch(self, channel: socket.socket) -> None:
+        poll = select.poll()
+        poll.register(channel, 0)  # nothing but its end
+        poll.poll()
+        self.channel = None
+        self.by_lsof = lsof_allowed() if self.by_lsof is None else self.by_lsof
+        programs = "come through lsof" if self.by_lsof else "and root stay unknown"
+        say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
+
+    def _ask_lsof(self, owner: ClientSocket) -> Facts:
+        deadline, own, others = time.monotonic() + LSOF_SECONDS, [], []
+        for pid in psutil.pids():
+            (own if owner_of(pid) == owner.uid else others).append(pid)
+        pids = own + (others if owner.uid == 0 else [])  # root's sockets go to others
+        if not pids:  # an empty list would mean every process
+            return {"why": "not-found"}
+        if owner.uid == 0 and len(pids) > LSOF_PIDS:  # a stranger may be among those left out
+            return {"why": "busy"}
+        with self.lock:
+            for lsof in [one for one in self.hanging if one.poll() is not None]:
+                self.hanging.remove(lsof)
+                self.places.release()
+            stuck = len(self.hanging) == LSOF_PROCESSES
+        if stuck or not self.places.acquire(timeout=LSOF_SECONDS):
+            return {"why": "busy"}
+        lsof: Optional[subprocess.Popen[bytes]] = None
+        try:
+            processes = known_processes(pids[:LSOF_PIDS])
+            lsof = start_lsof(list(processes))
+            return read_lsof(lsof, owner, processes, deadline)
+        finally:
+            if lsof and lsof.returncode is None:
+                self.hanging.append(lsof)
+            else:
+                self.places.release()
+
+
+def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
+    """Fork the helper: the milter's uid, and of root's privilege what it takes to see open files."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    if os.fork():
+        far.close()
+        return near
+    try:
+        near.close()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.closerange(3, far.fileno())
+        highest = max(map(int, os.listdir("/proc/self/fd" if LINUX else "/dev/fd")))
+        os.closerange(far.fileno() + 1, 1 + highest)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
+        if LINUX:
+            LIBC.prctl(PR_SET_KEEPCAPS, 1)
+        become(user)
+        set_capabilities((CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH))
+        if LINUX:
+            LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the uid would forget this
+        if os.getppid() == parent:
+            serve(far, Finder(wanted_facts()))
+    except (ConnectionError, PermissionError):
+        pass  # the milter has ended; or it cannot become the user either, and says so
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def serve(channel: socket.socket, finder: Finder) -> None:
+    """Answer questions until the milter's end is closed; what is not a question gets no answer."""
+    while True:
+        data = channel.recv(QUESTION.size + 1)
+        if not data:
+            return
+        if len(data) != QUESTION.size:
+            continue
+        number, kind, *socket_ = QUESTION.unpack(data)
+        facts = (finder.dialled if kind == WHAT_WAS_DIALLED else finder.describe)(*socket_)
+        with contextlib.suppress(BlockingIOError):  # a milter that does not read does without
+            channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
+
+
+def wanted_facts() -> tuple[str, ...]:
+    """Give the fields that a setting asks for."""
+    return tuple(field for field in FIELDS if field in header_fields or field in log_fields)
+
+
+class BusyError(Exception):
+    """A search has used up its budget."""
+
+
 class Finder:
-    """Find the process that has a socket open, and describe it; runs in the helper, for one question at a time.
+    """Find the process that has a socket open; runs in the helper, for one question at a time.
 
-    Links read in /proc/PID/fd are the only evidence; everything remembered only says where to look first.
+    Links read in /proc/PID/fd are the only evidence; what is remembered only says where to look first.
     """
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
-        self.recent: dict[int, list[int]] = {}  # uid: processes that had a socket of his lately
-        self.hot: dict[int, float] = {}  # uid: until when it is not searched for
+        self.recent: dict[int, list[int]] = {}  # by uid: processes that had a socket of his lately
+        self.paused_until: dict[int, float] = {}  # by uid: a time on the monotonic clock
         self.cgroups = cgroup_mount()
+        self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
         self.deadline, self.links, self.denied = 0.0, 0, False
 
-    def answer(self, uid: int, inode: int, cgroup: int) -> Facts:
-        """Find and describe; {"why": word} if nothing is found."""
+    def describe(self, uid: int, inode: int, cgroup: int) -> Facts:
+        """Say which process has a socket, and what it is; {"why": word} if that is not known."""
+        return self._search(uid, inode, cgroup, self._describe)
+
+    def dialled(self, uid: int, inode: int, cgroup: int) -> Facts:
+        """Give the address and port that the client of an accepted socket dialled; {"why": word}."""
+        return self._search(uid, inode, cgroup, self._dialled)
+
+    def _search(self, uid: int, inode: int, cgroup: int, answer: Callable[[int, int, str], Facts]) -> Facts:
         now = time.monotonic()
-        if self.hot.get(uid, 0.0) > now:
+        if self.paused_until.get(uid, 0.0) > now:
             return {"why": "busy"}
-        self.hot = {hot: until for hot, until in self.hot.items() if until > now}
+        self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
         self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
-        target = f"socket:[{inode}]"
-        facts = self._search(uid, target, cgroup)
-        if facts.get("why") == "gone":  # ended, but another may have it still; or moved it to another descriptor
-            tries = (self._search(uid, target, cgroup) for _ in range(2))
-            facts = next((again for again in tries if "why" not in again), facts)
-        return facts
-
-    def _search(self, uid: int, target: str, cgroup: int) -> Facts:
+        self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
         try:
-            link = self._first(uid, target, cgroup)
-            if link is None:
-                return {"why": "not-permitted" if self.denied else "not-found"}
-            pid, path = link
-            # What is read through this directory is of one process, even if its number is given to another now.
-            process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
-            try:
-                holder = os.fstat(process).st_uid  # first: of one that has ended it says 0
-                if os.readlink(path, dir_fd=process) != target:
-                    return {"why": "gone"}
-                holders = {holder} | (self._strangers(target) if uid == 0 else set())
-                return {"pid": pid, **describe(process, self.wanted), "holders": sorted(holders)[:FACT_BYTES]}
-            finally:
-                os.close(process)
+            for _ in range(3):  # what has it may end, or move it, and another may have it still
+                found = self.find_holder()
+                if found is None:
+                    return {"why": "not-permitted" if self.denied else "not-found"}
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    return self._through_directory(*found, answer)
         except BusyError:
-            self.hot[uid] = time.monotonic() + HOT_SECONDS
+            self.paused_until[uid] = time.monotonic() + PAUSE_SECONDS
             return {"why": "busy"}
-        except (OSError, psutil.Error):
-            return {"why": "gone"}
+        except OSError:
+            pass
+        return {"why": "gone"}
 
-    def _first(self, uid: int, target: str, cgroup: int) -> Optional[tuple[int, str]]:
-        recent = self.recent.get(uid, [])
-        for pid, table in self._tables(uid, cgroup, recent):
-            link = self._link(pid, table, target)
+    def _through_directory(self, pid: int, link: str, answer: Callable[[int, int, str], Facts]) -> Facts:
+        # What is read here is of one process, even if its number is given to another now.
+        process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
+        try:
+            if os.readlink(link, dir_fd=process) != self.target:
+                raise FileNotFoundError
+            return answer(pid, process, link)
+        finally:
+            os.close(process)
+
+    def _describe(self, pid: int, process: int, link: str) -> Facts:
+        holder = os.fstat(process).st_uid  # of one that has ended this is 0; "describe" then fails
+        facts = describe(process, self.wanted)
+        if self.uid == 0:
+            holder = max(uids_of("status", process)) or self.find_stranger()
+        return {"pid": pid, **facts, "holder": holder}
+
+    def _dialled(self, pid: int, process: int, link: str) -> Facts:
+        with copy_of_socket(pid, int(os.path.basename(link))) as copy:
+            if f"socket:[{os.fstat(copy.fileno()).st_ino}]" != self.target:
+                raise FileNotFoundError  # the number of the process or descriptor is another's now
+            return original_destination(copy)
+
+    def find_holder(self) -> Optional[tuple[int, str]]:
+        """Find a process that has the socket, and the link below its directory; None if none is seen."""
+        recent = self.recent.get(self.uid, [])
+        for pid, table in self.tables_by_likelihood(recent):
+            link = self.link_to_target(pid, table)
             if link:
-                remember(self.recent, uid, [pid] + [old for old in recent if old != pid][:7])
+                others = [old for old in recent if old != pid]
+                remember(self.recent, self.uid, [pid] + others[:7])
                 return pid, link
         return None
 
-    def _tables(self, uid: int, cgroup: int, recent: list[int]) -> Iterator[tuple[int, str]]:
-        """Give descriptor tables, of processes and below their directories, in the order of their likelihood."""
-        seen: dict[int, bool] = {}  # by pid: whether it is the user's
-        sources: list[Callable[[], Iterable[int]]] = [
-            lambda: recent, lambda: cgroup_pids(self.cgroups, cgroup), psutil.pids]
+    def tables_by_likelihood(self, recent: list[int]) -> Iterator[tuple[int, str]]:
+        """Give processes and, below their directories, descriptor tables; the user's own first."""
+        own: dict[int, bool] = {}  # by pid: whether it is the user's
+        sources = (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids)
         for source in sources:
             for pid in source():
-                if pid not in seen:
-                    self._spend()
-                    seen[pid] = owner_of(pid) == uid
-                    if seen[pid]:
+                if pid not in own:
+                    self.charge(1)
+                    own[pid] = owner_of(pid) == self.uid
+                    if own[pid]:
                         yield pid, "fd"
-        yield from ((pid, table) for pid, own in seen.items() if own for table in thread_tables(pid))
-        yield from ((pid, "fd") for pid, own in seen.items() if not own)
+        for pid in filter(own.get, own):
+            yield from ((pid, table) for table in thread_tables(pid))
+        yield from ((pid, "fd") for pid in own if not own[pid])
 
-    def _strangers(self, target: str) -> set[int]:
-        """Give the uids other than root's that have the socket, real ones of setuid programs too: see handed_down."""
-        found: set[int] = set()
-        for pid in psutil.pids():
-            if any(self._link(pid, table, target) for table in itertools.chain(["fd"], thread_tables(pid))):
-                found |= set(psutil.Process(pid).uids()) - {0}
-        return found
+    def find_stranger(self) -> int:
+        """Give a uid other than root's that has root's socket, too; 0 if there is none.
 
-    def _link(self, pid: int, table: str, target: str) -> Optional[str]:
-        """Give the link to the target in a descriptor table; None if it has none, or is not to be seen."""
-        self._spend()
+        It is looked for in the socket's cgroup; where that is not known, everywhere.
+        """
+        for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
+            try:
+                uid = max(uids_of(f"/proc/{pid}/status"))
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+            if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
+                return uid
+        return 0
+
+    def link_to_target(self, pid: int, table: str) -> Optional[str]:
+        """Give the link to the socket in a descriptor table; None if it has none, or is not to be seen."""
         try:
             directory = os.open(f"/proc/{pid}/{table}", os.O_RDONLY | os.O_DIRECTORY)
         except PermissionError:
@@ -1055,27 +1591,23 @@ class Finder:
         except (FileNotFoundError, ProcessLookupError):
             return None  # it has ended; what else goes wrong must not hide a holder
         try:
-            descriptors = []
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    self._spend()
-                    descriptors.append(entry.name)
-            for descriptor in reversed(descriptors):  # what was opened last stands last
-                self._spend()
+            self.charge(os.fstat(directory).st_size)  # how many there are, since Linux 6.2
+            for descriptor in reversed(os.listdir(directory)):  # what was opened last stands last
                 try:
-                    if os.readlink(descriptor, dir_fd=directory) == target:
+                    if os.readlink(descriptor, dir_fd=directory) == self.target:
                         return f"{table}/{descriptor}"
                 except OSError:
-                    pass  # closed meanwhile; or not ours to see, which must not count as a reason to believe in root
+                    pass  # closed meanwhile, or not to be seen
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended
         finally:
             os.close(directory)
         return None
 
-    def _spend(self) -> None:
-        self.links -= 1
-        if self.links < 0 or self.links % 64 == 0 and time.monotonic() > self.deadline:
+    def charge(self, links: int) -> None:
+        """Take links off the budget of this search; BusyError if it is used up."""
+        self.links -= 1 + links
+        if self.links < 0 or time.monotonic() > self.deadline:
             raise BusyError
 
 
@@ -1087,46 +1619,49 @@ def owner_of(pid: int) -> Optional[int]:
         return None
 
 
-def thread_tables(pid: int) -> Iterator[str]:
-    """Give the descriptor tables of a process's other threads: its first may have ended, or not share its own."""
+def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
+    """Give the real, effective and saved uid in /proc/PID/status; OSError if the process has ended."""
+    uids = re.search(r"^Uid:\t(\d+)\t(\d+)\t(\d+)", read_file(path, directory), re.MULTILINE)
+    if uids is None:
+        raise FileNotFoundError
+    return [int(uid) for uid in uids.groups()]
+
+
+def thread_tables(pid: int) -> list[str]:
+    """Give the tables of a process's other threads: its first may have ended, or not share its own."""
     try:
         threads = os.listdir(f"/proc/{pid}/task") if os.stat(f"/proc/{pid}/task").st_nlink > 3 else []
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return
-    yield from (f"task/{thread}/fd" for thread in threads if thread != str(pid))
+        return []
+    return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
 
 
 def describe(process: int, wanted: Iterable[str]) -> Facts:
     """Say what a process is, given its open directory in /proc; OSError if it has ended.
 
-    Never through its memory, as psutil's name() and exe() may, for its owner can make that hang for ever.
+    Never through its memory, as psutil's name() and exe() may: its owner can make that hang for ever.
     """
+    readers: dict[str, Callable[[], Optional[str]]] = {
+        "program": lambda: read_file("comm", process)[:-1],
+        "exe": lambda: os.readlink("exe", dir_fd=process)[:FACT_BYTES],
+        "dir": lambda: os.readlink("cwd", dir_fd=process)[:FACT_BYTES],
+        "unit": lambda: unit_of(read_file("cgroup", process)),
+        "args": lambda: read_args(process)}
     facts: Facts = {}
-    for field in wanted:
-        try:
-            if field == "program":
-                facts[field] = read_file("comm", process)[:-1]
-            elif field in ("exe", "dir"):
-                facts[field] = os.readlink("exe" if field == "exe" else "cwd", dir_fd=process)[:FACT_BYTES]
-            elif field == "unit":
-                facts[field] = unit_of(read_file("cgroup", process))
-            elif field == "args":
-                facts[field] = read_args(process)
-        except PermissionError:
-            pass  # not to be seen from here: it stays unknown
-        except OSError:
-            if field == "program":  # which is there as long as the process is; the others can be missing
-                raise
+    for field in set(wanted) & set(readers):
+        with contextlib.suppress(OSError):  # not there, or not to be seen from here
+            facts[field] = readers[field]()
+    os.stat("comm", dir_fd=process)  # which is there as long as the process is
     return facts
 
 
-def describe_psutil(process: psutil.Process, wanted: Iterable[str]) -> Facts:
-    """Say what a process is that psutil found; psutil.Error if its number was given to another meanwhile."""
+def describe_psutil(process: psutil.Process) -> Facts:
+    """Say what a process is that psutil found; psutil.Error, OSError if its number is another's now."""
     facts: Facts = {"pid": process.pid}
     if LINUX:
         directory = os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)
         try:
-            facts.update(describe(directory, set(wanted) - {"args"}))
+            facts.update(describe(directory, set(wanted_facts()) - {"args"}))
         finally:
             os.close(directory)
     else:
@@ -1134,6 +1669,16 @@ def describe_psutil(process: psutil.Process, wanted: Iterable[str]) -> Facts:
     if not process.is_running():
         raise psutil.NoSuchProcess(process.pid)
     return facts
+
+
+def unit_of(cgroups: str) -> Optional[str]:
+    """Find the first .service or .scope from the root in /proc/PID/cgroup; users make others below."""
+    lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
+    paths = [line.split(":", 2)[2] for line in lines]
+    for part in "/".join(paths).split("/"):
+        if part.endswith((".service", ".scope")):
+            return part
+    return next((path for path in paths if path.strip("/")), None)
 
 
 def read_file(path: str, directory: Optional[int] = None) -> str:
@@ -1146,7 +1691,7 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 
 
 def read_args(process: int) -> Optional[str]:
-    """Read a command line in a child that is killed when it is late; None if it was, or there is none."""
+    """Read a command line in a child that is killed when it is late; None if it was, or has none."""
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
@@ -1164,23 +1709,58 @@ def read_args(process: int) -> Optional[str]:
             return None
         finally:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed, and the helper hangs with it
+            os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed
+
+
+def copy_of_socket(pid: int, descriptor: int) -> socket.socket:
+    """Take a copy of a socket of a process (pidfd_getfd(2)); OSError, also before Linux 5.6."""
+    pidfd = checked(LIBC.syscall(PIDFD_OPEN, pid, 0))
+    try:
+        return socket.socket(fileno=checked(LIBC.syscall(PIDFD_GETFD, pidfd, descriptor, 0)))
+    finally:
+        os.close(pidfd)
+
+
+def original_destination(accepted: socket.socket) -> Facts:
+    """Say what the client of an accepted socket dialled before a NAT rule changed it; OSError.
+
+    Only what came in through lo was sent by this network namespace. Clients of another namespace
+    can be given an address of this host, too, and have port and destination in common with a client
+    that is here. The kernel notes the interface where multicast keeps its own.
+    """
+    v6 = accepted.family == socket.AF_INET6
+    if v6:
+        interface = accepted.getsockopt(socket.IPPROTO_IPV6, IPV6_MULTICAST_IF)
+    else:
+        accepted.setsockopt(socket.SOL_IP, IP_PKTINFO, 1)  # does nothing to TCP but for what follows
+        try:
+            options = accepted.getsockopt(socket.SOL_IP, IP_PKTOPTIONS, 64)
+        finally:
+            accepted.setsockopt(socket.SOL_IP, IP_PKTINFO, 0)
+        *_, interface = struct.unpack_from("@Niii", options)  # struct cmsghdr and in_pktinfo
+    if interface != LOOPBACK:
+        return {"why": "redirected"}
+    if v6 and not accepted.getpeername()[0].startswith("::ffff:"):
+        name = accepted.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)  # struct sockaddr_in6
+        address = socket.inet_ntop(socket.AF_INET6, name[8:24])
+    else:
+        name = accepted.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)  # struct sockaddr_in
+        address = socket.inet_ntop(socket.AF_INET, name[4:8])
+    return {"address": address, "port": int.from_bytes(name[2:4], "big")}
 
 
 def cgroup_mount() -> Optional[int]:
     """Open a place where cgroup v2 is mounted; None if there is none that can be reached."""
-    places: list[str] = []
-    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-        places = [line.split()[1] for line in mounts if line.split()[2] == "cgroup2"]
-    for place in places:
-        with contextlib.suppress(OSError):  # it may be in a directory that is closed to us, or below another mount
-            os.stat(os.path.join(place, "cgroup.controllers"))  # in every cgroup v2 directory, and in no other
-            return os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as mounts:
+        for _, place, kind, *_ in map(bytes.split, mounts):
+            with contextlib.suppress(OSError):  # in a directory closed to us, or below another mount
+                if kind == b"cgroup2" and os.stat(os.path.join(place, b"cgroup.controllers")):
+                    return os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     return None
 
 
 def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
-    """List the processes of a cgroup, by its id as a file handle (open_by_handle_at(2)); [] if that fails."""
+    """List the processes of a cgroup by its id as a file handle (open_by_handle_at(2)); [] if that fails."""
     if mount is None or not cgroup:
         return []
     handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, FILEID_KERNFS, cgroup))
@@ -1196,274 +1776,69 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
         os.close(directory)
 
 
-# ------------------------------------------------------------------------------------------ the helper
-QUESTION = struct.Struct("=QIQQ")  # number, uid, inode, cgroup; the answer is JSON: the number and the facts
-
-
-def serve(channel: socket.socket, finder: Finder) -> None:
-    """Answer questions until the milter's end of the channel is closed; what is not a question is not answered."""
-    waiting: deque[tuple[float, bytes]] = deque()
-    while True:
-        while len(waiting) < MOST_WAITING:
-            try:
-                data = channel.recv(QUESTION.size + 1, socket.MSG_DONTWAIT if waiting else 0)
-            except BlockingIOError:
-                break
-            if not data:
-                return
-            if len(data) == QUESTION.size:
-                waiting.append((time.monotonic(), data))
-        came, data = waiting.popleft()
-        number, uid, inode, cgroup = QUESTION.unpack(data)
-        late = time.monotonic() - came > HELPER_SECONDS  # nobody waits: many such would hold up the next for seconds
-        facts = {"why": "busy"} if late else finder.answer(uid, inode, cgroup)
-        with contextlib.suppress(BlockingIOError):  # a milter that does not read its answers does without
-            channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
-
-
-def set_capabilities(wanted: Iterable[int]) -> None:
-    """Keep, of the capabilities this process has, only those named; OSError if the kernel refuses."""
-    mask = sum(1 << number for number in wanted) & capabilities()
-    header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
-    # struct __user_cap_data_struct: effective, permitted, inheritable; capabilities above 31 are in the second
-    if LINUX and LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
-        raise OSError(ctypes.get_errno(), "capset")
-
-
-def capabilities() -> int:
-    """Give the permitted capabilities of this process as a mask; 0 where there are none to read."""
-    if not LINUX:
-        return 0
-    match = re.search(r"^CapPrm:\s*([0-9a-f]+)", read_file("/proc/self/status"), re.MULTILINE)
-    return int(match.group(1), 16) if match else 0
-
-
-def sees_others() -> bool:
-    """Tell whether this process may see what files other users' processes have open."""
-    needed = 1 << CAP_SYS_PTRACE | 1 << CAP_DAC_READ_SEARCH
-    return capabilities() & needed == needed
-
-
-def become(user: Optional[pwd.struct_passwd]) -> None:
-    """Drop groups, gid and uid for good, if started as root; None: stay. RuntimeError if there is a way back."""
-    if user is None or os.geteuid() == user.pw_uid and user.pw_uid:
-        return
-    os.setgroups([])
-    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
-    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
-    if user.pw_uid and (os.getresuid() != (user.pw_uid,) * 3 or os.getresgid() != (user.pw_gid,) * 3):
-        raise RuntimeError("could not drop root for good")
-
-
-def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
-    """Fork the helper: the uid of the milter, and of root's privilege only what it takes to see open files."""
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    if os.fork():
-        far.close()
-        return near
-    try:
-        near.close()
-        os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.closerange(3, far.fileno())
-        os.closerange(far.fileno() + 1, 1 + max(map(int, os.listdir("/proc/self/fd" if LINUX else "/dev/fd"))))
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
-        if LINUX:
-            LIBC.prctl(PR_SET_KEEPCAPS, 1)
-        become(user)
-        set_capabilities((CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH))
-        if LINUX:
-            LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid: a change of it forgets this
-        if os.getppid() == parent:
-            serve(far, Finder(WANTED))
-    except (ConnectionError, PermissionError):
-        pass  # the milter has ended between question and answer; or it cannot become the user either, and says so
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(0)
-
-
-class Question(NamedTuple):
-    """A description that has been asked for."""
-
-    number: int
-    deadline: float  # on the monotonic clock, in seconds
-
-
-class Describer:
-    """Have processes described by whoever may see them: the helper while there is one, else sudo lsof.
-
-    Answers are fetched by whoever waits for one, and kept until their connection ends.
-    """
-
-    def __init__(self, channel: Optional[socket.socket], lsof: Optional[bool], workers: Workers) -> None:
-        """Make one; lsof: whether sudo allows it, None: it is asked when the helper has ended."""
-        self.channel, self.lsof, self.workers = channel, lsof, workers
-        self.numbers, self.late = itertools.count(1), False
-        self.answers: dict[int, list[Facts]] = {}  # by the question's number; the first counts
-        if channel:
-            threading.Thread(target=self._watch, args=(channel,), daemon=True).start()
-
-    def ask(self, owner: Owner) -> Question:
-        """Ask for a description, without waiting for it."""
-        number, seconds, why, channel = next(self.numbers), HELPER_SECONDS, "", self.channel
-        self.answers[number] = []
-        try:
-            if owner.process:
-                self._settle(number, describe_psutil(owner.process, WANTED))
-            elif owner.inode == 0:
-                why = "gone"
-            elif channel:
-                self._fetch(0.0)  # connections that idle or have ended do not: their answers would fill the channel
-                channel.send(QUESTION.pack(number, owner.uid, owner.inode, owner.cgroup), socket.MSG_DONTWAIT)
-            elif self.lsof:
-                seconds = LSOF_SECONDS
-                self.workers.submit(self._ask_lsof, number, owner)
-            else:
-                why = "no-helper"
-        except (BlockingIOError, queue.Full):
-            why = "busy"
-        except (OSError, psutil.Error):  # the helper has just ended, or that process has
-            why = "gone" if owner.process else "no-helper"
-        if why:
-            self._settle(number, {"why": why})
-        return Question(number, time.monotonic() + seconds)
-
-    def _ask_lsof(self, number: int, owner: Owner) -> None:
-        if number not in self.answers:
-            return  # its connection has ended
-        facts: Facts = {"why": "error"}
-        try:
-            facts = ask_lsof(owner)
-        except OSError as error:  # no process, no descriptor, no sudo
-            complain("lsof could not be run", str(error))
-        self._settle(number, facts)
-
-    def wait(self, question: Question) -> Facts:
-        """Give the description, or why there is none, before the deadline."""
-        in_time = time.monotonic() < question.deadline
-        while not self.answers.get(question.number):
-            remaining = 0.0 if self.late else question.deadline - time.monotonic()
-            self._fetch(min(remaining, 0.002))  # another may fetch this answer meanwhile
-            if self.late or time.monotonic() > question.deadline:
-                break
-        answers = self.answers.get(question.number)
-        if not answers and in_time:
-            self.late = self.channel is not None  # then nobody waits until an answer has been had
-        return answers[0] if answers else {"why": "timeout"}
-
-    def forget(self, question: Question) -> None:
-        """Note that nobody will wait for an answer."""
-        self.answers.pop(question.number, None)
-
-    def _settle(self, number: int, facts: Facts) -> None:
-        answers = self.answers.get(number)
-        if answers == []:  # else it is late, and must not describe another connection
-            answers.append(facts)
-
-    def _fetch(self, seconds: float) -> None:
-        channel = self.channel
-        if channel is None:
-            time.sleep(max(0.0, seconds))
-            return
-        for _ in range(1000):  # more than the channel holds: a helper gone mad must not keep anyone here
-            try:
-                data = channel.recv(65536, socket.MSG_DONTWAIT)
-                answer = json.loads(data)
-                if not all(whole(uid) and uid < 1 << 32 for uid in answer.get("holders", ())):
-                    raise ValueError
-                self._settle(answer.pop("number"), answer)
-                self.late, seconds = False, 0.0
-            except BlockingIOError:
-                if seconds <= 0 or not select.select([channel], [], [], seconds)[0]:
-                    return
-            except OSError:
-                return
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                if not data:
-                    return
-                complain("the helper gave an answer that is none")
-
-    def _watch(self, channel: socket.socket) -> None:
-        poll = select.poll()
-        poll.register(channel, 0)  # nothing but its end
-        poll.poll()
-        self.channel, self.late = None, False
-        self.lsof = lsof_allowed() if self.lsof is None else self.lsof
-        say(ERROR, "the helper has ended: users are still identified, programs "
-                   f"{'come through lsof' if self.lsof else 'stay unknown'}; restart the milter")
-        for number in [number for number, answers in list(self.answers.items()) if not answers]:
-            self._settle(number, {"why": "no-helper"})
-
-
-def lsof_arguments(pids: Iterable[int]) -> list[str]:
-    """Give the arguments that sudoers.example allows: sockets of the named processes, no name service, by field."""
-    return ["-nPw", "-a", "-iTCP", "-p", ",".join(str(int(pid)) for pid in pids), "-Fpd"]
-
-
-def run_lsof(pids: Iterable[int]) -> Optional[subprocess.CompletedProcess[bytes]]:
-    """Have lsof list the sockets of processes; None if it was late, and then so is this: we may not kill it."""
-    with subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, cwd="/", env={**os.environ, "LC_ALL": "C"}) as lsof:
-        try:
-            output, complaint = lsof.communicate(timeout=LSOF_SECONDS)
-            return subprocess.CompletedProcess([], lsof.returncode, output, complaint)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(PermissionError):
-                # sudo passes TERM on, killed it would leave lsof running; others have it blocked, as this thread has
-                lsof.send_signal(signal.SIGTERM if os.path.basename(lsof_command[0]) == "sudo" else signal.SIGKILL)
-            lsof.communicate()  # keeps this thread until sudo has ended: never more than LSOF_PROCESSES run
-            return None
-
-
-def ask_lsof(owner: Owner) -> Facts:
-    """Find the process through lsof, and describe it; {"why": word} if that fails."""
-    own, others = [], []
-    for pid in psutil.pids():
-        (own if owner_of(pid) == owner.uid else others).append(pid)
-    # Root's sockets may have been handed down: everyone is asked about. Else its owner's processes are enough.
-    pids = (own + (others if owner.uid == 0 else []))[:LSOF_PIDS]
-    if not pids:  # an empty list would mean every process
-        return {"why": "not-found"}
-    if owner.uid == 0 and len(own + others) > len(pids):  # a stranger may be among those that were left out
-        return {"why": "busy"}
+def known_processes(pids: Iterable[int]) -> dict[int, psutil.Process]:
+    """Take hold of processes, so that another that gets the number of one is noticed."""
     processes = {}
     for pid in pids:
         with contextlib.suppress(psutil.Error):
             processes[pid] = psutil.Process(pid)
-    lsof = run_lsof(pids)
-    if lsof is None:
-        return {"why": "timeout"}
-    holders = [pid for pid in (lsof_holder(part, owner.inode) for part in re.split(rb"(?m)^(?=p\d)", lsof.stdout))
-               if pid in processes]
-    if not holders:
-        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new privileges", lsof.stderr)
-        return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
+    return processes
+
+
+def lsof_arguments(pids: Iterable[int]) -> list[str]:
+    """Give the arguments that sudoers.example allows: the sockets of these processes, by field."""
+    return ["-nPw", "-a", "-iTCP", "-p", ",".join(str(int(pid)) for pid in pids), "-Fpd"]
+
+
+def start_lsof(pids: Iterable[int]) -> subprocess.Popen[bytes]:
+    """Have lsof list the sockets of processes."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=pipe,
+                            stderr=pipe, cwd="/", env={**os.environ, "LC_ALL": "C"})
+
+
+def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dict[int, psutil.Process],
+              deadline: float) -> Facts:
+    """Describe the process that lsof finds; {"why": word} if that fails."""
     try:
-        uids = set().union(*(processes[pid].uids() for pid in holders))  # a setuid program's real one, too
-        return {**describe_psutil(processes[holders[0]], WANTED), "holders": sorted(uids)}
-    except (OSError, psutil.Error):
-        return {"why": "gone"}
+        output, complaint = lsof.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        by_sudo = os.path.basename(lsof_command[0]) == "sudo"
+        with contextlib.suppress(PermissionError):
+            # sudo passes TERM on; killed, it would leave lsof running. Others start with TERM blocked.
+            lsof.send_signal(signal.SIGTERM if by_sudo else signal.SIGKILL)
+        return {"why": "timeout"}
+    parts = re.split(rb"(?m)^(?=p\d)", output)
+    holders = [pid for pid in (lsof_holder(part, owner.inode) for part in parts) if pid in processes]
+    if not holders:
+        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new priv|account",
+                            complaint)
+        return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
+    uids = [processes[pid].uids() for pid in holders]
+    holder = max(map(max, uids)) if owner.uid == 0 else uids[0].effective  # a setuid program's real uid, too
+    return {**describe_psutil(processes[holders[0]]), "holder": holder}
+
+
+def lsof_holder(output: bytes, inode: int) -> Optional[int]:
+    """Find in the output of lsof -Fpd the process that has the socket with that inode; None: there is none."""
+    pid = None
+    for line in output.split(b"\n"):
+        if line[:1] == b"p" and line[1:].isdigit():
+            pid = int(line[1:])
+        elif line == b"d%d" % inode:
+            return pid
+    return None
 
 
 def lsof_allowed() -> bool:
-    """Ask sudo whether the rule is there; trying it instead would have a refusal logged and mailed to root."""
+    """Ask sudo whether the rule is there; a refused try would be logged, and mailed to root."""
     if not lsof_command or shutil.which(lsof_command[0]) is None:
         return False
     if os.path.basename(lsof_command[0]) != "sudo":
         return True
     question = [lsof_command[0], "-n", "-l", *lsof_command[1:], *lsof_arguments([1])]
     null = subprocess.DEVNULL
-    try:
-        sudo = subprocess.Popen(question, stdin=null, stdout=null, stderr=null)
-    except OSError:
-        return False
+    sudo = subprocess.Popen(question, stdin=null, stdout=null, stderr=null)
     try:
         return sudo.wait(5) == 0
     except subprocess.TimeoutExpired:
@@ -1472,279 +1847,333 @@ def lsof_allowed() -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------- the milter
-class Claims:
-    """Which connection has which socket: each may have one only, or nobody knows whose a message is."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.live: dict[Any, "SysuserMilter"] = {}
-        self.past: dict[Any, None] = {}
-
-    def claim(self, cookie: Any, connection: "SysuserMilter") -> None:
-        """Note that a connection was found to be this socket; both are marked if another was."""
-        with self.lock:
-            other = self.live.setdefault(cookie, connection)
-            if other is not connection or cookie in self.past and isinstance(cookie, int):  # psutil's come again
-                other.shared = connection.shared = True
-
-    def release(self, cookie: Any, connection: "SysuserMilter") -> None:
-        """Note that a connection has ended; its socket may linger, and must not be taken for another's."""
-        with self.lock:
-            if self.live.get(cookie) is connection:
-                del self.live[cookie]
-            remember(self.past, cookie, None)
-
-
-class SysuserMilter(Milter.Base):  # type: ignore[misc]
-    """One connection to the MTA; several messages may come through it."""
-
-    # Set once, in "run", for all connections.
-    directory: Directory
-    block_list: BlockList
-    limits: Limits
-    describer: Describer
-    find_owner: Callable[..., Optional[Owner]] = staticmethod(find_owner)
-    same_socket: Callable[..., str] = staticmethod(same_socket)
-    claims = Claims()
-
-    def __init__(self) -> None:
-        self.client: Optional[str] = None
-        self.peer: Optional[Endpoint] = None
-        self.owner: Optional[Owner] = Owner(None, "error")  # None: not a local client
-        self.question: Optional[Question] = None
-        self.shared = False  # set by Claims: the socket was taken for another connection's, too
-        self.sender, self.recipients = "", 0
-        self.forged: list[str] = []
-
-    def negotiate(self, opts: list[int]) -> int:
-        """Ask the MTA for the server's end of the connection (pymilter's own symlist fails on Python 3)."""
-        if opts[0] & Milter.SETSYMLIST:
-            self._ctx.setsymlist(Milter.M_CONNECT, "{daemon_addr} {daemon_port}")
-        return int(Milter.Base.negotiate(self, opts))
-
-    def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
-        """Ask the kernel who has connected. The MTA waits for this: its greeting must come after the answer."""
-        if isinstance(hostaddr, str) or hostaddr and not hostaddr[1]:
-            self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
-        elif hostaddr is None:
-            self.owner = Owner(None, "closed")  # gone before the MTA could ask for its address
+# --------------------------------------------------------------- settings: every rule in one place
+def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Override settings by those of settings_file; give where each comes from, and what is wrong."""
+    path, sources, problems = values["settings_file"], dict.fromkeys(DEFAULTS, "the script"), []
+    if path is None:
+        return sources, problems
+    if not isinstance(path, str) or not path.startswith("/"):
+        return sources, [f"settings_file = {path!r}: must be an absolute path, or None"]
+    try:
+        lines = read_trusted(path, os.geteuid()).split("\n")
+    except FileNotFoundError:
+        return sources, problems
+    except (OSError, ValueError) as error:
+        return sources, [f"settings_file = {path!r}: {error}"]
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        where, problem = f"{path}, line {number}", ""
+        name, equals, text = (part.strip() for part in line.partition("="))
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            problem = "must be a plain value on one line: a text, a number, None, a list or a mapping"
+        if not equals or name not in DEFAULTS or name == "settings_file":
+            problem = "must be name = value, with the name of a setting (and not of this file)"
+        elif sources[name] != "the script":
+            problem = f"is there twice, see {sources[name]}"
+        if problem:
+            problems.append(f"{where}: {line.strip()!r}: {problem}")
         else:
-            self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
-            self.peer = endpoint(hostaddr[0], hostaddr[1])
-            self.owner = self.ask_kernel(self.peer)
-            if self.owner and self.owner.uid is not None:
-                self.claims.claim(self.owner.cookie, self)
-                self.question = self.describer.ask(self.owner)
-                self.directory.ask(self.owner.uid)
-        return int(Milter.CONTINUE)
-
-    def ask_kernel(self, client: Endpoint) -> Optional[Owner]:
-        """Find the owner, with the server's end as the MTA knows it."""
-        try:
-            server = endpoint(self.getsymval("{daemon_addr}") or "", int(self.getsymval("{daemon_port}") or 0))
-        except ValueError:
-            server = None
-        try:
-            return self.find_owner(client, server)
-        except (OSError, psutil.Error) as error:
-            complain("the owner of a connection could not be asked for", str(error))
-            return Owner(None, "error")
-
-    @Milter.noreply  # type: ignore[untyped-decorator]
-    def envfrom(self, sender: str, *parameters: str) -> int:
-        """Begin a message: nothing of an earlier one stays."""
-        self.sender, self.recipients, self.forged = sender, 0, []
-        return int(Milter.CONTINUE)
-
-    @Milter.noreply  # type: ignore[untyped-decorator]
-    def envrcpt(self, recipient: str, *parameters: str) -> int:
-        """Count a recipient."""
-        self.recipients += 1
-        return int(Milter.CONTINUE)
-
-    @Milter.noreply  # type: ignore[untyped-decorator]
-    def header(self, name: str, value: str) -> int:
-        """Note a header that only we may write."""
-        if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
-            self.forged.append(name)
-        return int(Milter.CONTINUE)
-
-    def eom(self) -> int:
-        """Decide, log and act, the message being complete."""
-        # A fault of ours must neither lose mail nor let a blocked user pass.
-        uid = self.owner.uid if self.owner else None
-        suspects = () if uid is None else (Person(uid),)
-        sender = Sender(None, None, {}, "error", suspects)
-        verdict = unidentified()
-        try:
-            if self.owner:
-                sender = self.identify(self.owner)
-        except Exception:
-            report_exception(*sys.exc_info())
-        try:
-            verdict = self.judge(sender)
-        except Exception:
-            report_exception(*sys.exc_info())
-            entries = self.block_list.entries
-            refused = (blocked(suspect) for suspect in sender.suspects if is_blocked(suspect, uid, entries))
-            verdict = next(refused, verdict)
-        answer = {"reject": Milter.REJECT, "tempfail": Milter.TEMPFAIL}.get(verdict.action, Milter.CONTINUE)
-        for step in (self.act, self.write_log):
-            try:
-                step(verdict, sender)
-            except Milter.error as error:  # the MTA has gone, its mail with it
-                complain("the MTA did not take an answer", str(error))
-            except Exception:
-                report_exception(*sys.exc_info())
-        return int(answer)
-
-    def close(self) -> int:
-        """Give the socket back."""
-        if self.owner and self.owner.uid is not None:
-            self.claims.release(self.owner.cookie, self)
-        if self.question:
-            self.describer.forget(self.question)
-        return int(Milter.CONTINUE)
-
-    def identify(self, owner: Owner) -> Sender:
-        """Say who sent the message: the owner, if the connection still has the socket it was found to have."""
-        if owner.uid is None:
-            return Sender(None, None, {}, owner.why, ())
-        try:
-            why = self.same_socket(self.peer, owner) or ("reused" if self.shared else "")
-        except (OSError, psutil.Error) as error:
-            complain("the owner of a connection could not be asked for", str(error))
-            why = "error"
-        facts = self.describer.wait(self.question) if self.question else {}
-        person = self.directory.person(owner.uid)
-        deadline = time.monotonic() + NAME_SECONDS
-        holders = [self.directory.person(uid, max(0.0, deadline - time.monotonic())) or Person(uid)
-                   for uid in facts.get("holders", ()) if uid != owner.uid]
-        stranger = next((holder for holder in holders if not person or holder.uid != person.uid), None)
-        delegated = delegates(owner.uid) if person is None or not person.settled else ()
-        if person is None or delegated:  # a delegated uid that is an account, too; or its user is not known yet
-            person, why = None, why or "error"
-        if owner.uid == 0 and not why and not owner.process and self.peer:
-            why = handed_down(self.peer.port, facts)
-        suspects = (person or Person(owner.uid), *delegated, *holders)
-        if why or person is None:
-            return Sender(None, None, {}, why, suspects, stranger)
-        return Sender(person, owner.uid, facts, facts.get("why", ""), suspects[:1], stranger)
-
-    def judge(self, sender: Sender) -> Verdict:
-        """Say what becomes of the message."""
-        if len(self.forged) > MOST_FORGED:
-            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
-        if self.owner is None:
-            return Verdict("pass")
-        entries = self.block_list.now()
-        answers = [is_blocked(suspect, self.owner.uid, entries) for suspect in sender.suspects]
-        if True in answers:
-            return blocked(sender.suspects[answers.index(True)])
-        if sender.person is None or None in answers and unidentified_action != "accept":
-            return unidentified()
-        limit = self.limits.take(sender.person, self.recipients, blocked_action in REFUSALS)
-        if limit is None:
-            return passed()
-        text = f"User {quote(sender.person.name or sender.person.uid)} is over the limit of {limit} recipients an hour"
-        return Verdict("tempfail" if blocked_action in REFUSALS else blocked_action, "limit", text)
-
-    def write_log(self, verdict: Verdict, sender: Sender) -> None:
-        """Write the message's one line."""
-        pairs: list[tuple[str, Any]] = [("client", self.client)]
-        if self.owner:
-            pairs += sender_values(sender, log_fields)
-        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients), ("action", verdict.action)]
-        pairs += [("reason", verdict.reason)] if verdict.reason else []
-        if self.owner:
-            pairs += [("lookup", sender.why)] if sender.why else []
-            pairs += [("holder", sender.holder.name or sender.holder.uid)] if sender.holder else []
-        say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
-
-    def act(self, verdict: Verdict, sender: Sender) -> None:
-        """Have the MTA do it."""
-        if verdict.action in REFUSALS:
-            self.setreply(*REFUSALS[verdict.action], verdict.text.replace("%", "\\x25"))
-            return
-        if verdict.action == "quarantine":
-            self.quarantine(verdict.text)
-        for index in range(len(self.forged), 0, -1):
-            self.chgheader(self.forged[index - 1], index, "")
-        if self.owner and header_fields:
-            words = key_values(sender_values(sender, header_fields))
-            self.addheader(header_name, fold(words, len(header_name) + 2))
+            values[name], sources[name] = value, where
+    return sources, problems
 
 
-def sender_values(sender: Sender, fields: Iterable[str]) -> list[tuple[str, Any]]:
-    """Give the fields of a header or a log line with their values, None where one is unknown."""
-    person = sender.person
-    values = {**sender.facts, "uid": sender.uid, "user": None if person is None else person.name or person.uid}
-    return [(field, values.get(field)) for field in fields]
+def settings_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Check all settings; yield one sentence a problem, naming the setting, its value and the rule."""
+    number = f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
+    name = "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
+    is_name = isinstance(values["header_name"], str) and re.fullmatch(r"[!-9;-~]{1,76}", values["header_name"])
+    problems = {
+        "socketname": socket_problem(values["socketname"], values["run_as_user"]),
+        "timeout": "" if whole(values["timeout"]) and values["timeout"] <= LONGEST_TIMEOUT else number,
+        "run_as_user": user_problem(values["run_as_user"]),
+        "blocked_mailusers_file": file_problem(values["blocked_mailusers_file"], values["run_as_user"]),
+        "blocked_action": choice_problem(values["blocked_action"], BLOCKED_ACTIONS),
+        "unidentified_action": choice_problem(values["unidentified_action"], UNIDENTIFIED_ACTIONS),
+        "header_name": "" if is_name else name,
+        "header_fields": fields_problem(values["header_fields"]),
+        "log_fields": fields_problem(values["log_fields"])}
+    pairs = list(problems.items()) + list(list_problems(values))
+    for setting, problem in pairs:
+        if problem:
+            yield f"{setting} = {values[setting]!r}: {problem}"
 
 
-def handed_down(port: int, facts: Facts) -> str:
-    """Say why root must not be named, or "": root's programs leave sockets they made to others, who can reuse them.
-
-    A listener or an accepted socket has its server's port; and whoever has it now, where that can be seen, is root.
-    """
-    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-        low, high = map(int, file.read().split())  # the ports that the kernel gives to clients by itself
-    if not low <= port <= high or set(facts.get("holders", (0,))) != {0}:
-        return "handed-down"
-    return "" if "holders" in facts or facts.get("why") in ("not-permitted", "no-helper") else str(facts.get("why"))
-
-
-def passed() -> Verdict:
-    """Let a message through, tagged if a header is wanted."""
-    return Verdict("tag" if header_fields else "pass")
-
-
-def blocked(person: Person) -> Verdict:
-    """Do what blocked_action says."""
-    return Verdict(blocked_action, "blocked", f"User {quote(person.name or person.uid)} is blocked from sending mail")
+def socket_problem(path: Any, run_as: Any) -> str:
+    """Check the socket's path and directory."""
+    if not isinstance(path, str) or not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 107:
+        return "must be an absolute path of at most 107 bytes, all printable"
+    if "LISTEN_FDS" in os.environ:
+        return ""  # the service manager has the socket
+    directory, user = os.path.dirname(path), account_by_name(run_as)
+    if not os.path.isdir(directory):
+        return f"there is no directory {directory}"
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return "there is something at that path that is not a socket"
+    status = os.stat(directory)
+    if user is None or user.pw_uid == 0:
+        return ""
+    shift = 6 if status.st_uid == user.pw_uid else 3 if status.st_gid == user.pw_gid else 0
+    return "" if status.st_mode >> shift & 3 == 3 else f"user {user.pw_name} may not write to {directory}"
 
 
-def unidentified() -> Verdict:
-    """Do what unidentified_action says."""
-    if unidentified_action == "accept":
-        return passed()
-    return Verdict(unidentified_action, "unidentified", "Sender process could not be identified")
+def user_problem(run_as: Any) -> str:
+    """Check run_as_user."""
+    user = account_by_name(run_as)
+    if run_as is not None and user is None:
+        return "there is no such user"
+    if user and os.geteuid() not in (0, user.pw_uid):
+        return f"started under uid {os.geteuid()}, which is neither root nor that user"
+    return ""
 
 
-# ------------------------------------------------------------------------------------------------- --check
+def file_problem(path: Any, run_as: Any) -> str:
+    """Check the block list's file."""
+    if path is None:
+        return ""
+    if not isinstance(path, str) or not path.startswith("/"):
+        return "must be an absolute path, or None"
+    user = account_by_name(run_as)
+    try:
+        read_entries(path, user.pw_uid if user else os.geteuid())
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def choice_problem(value: Any, choices: tuple[str, ...]) -> str:
+    """Check a setting that is one of several words."""
+    return "" if value in choices else "must be one of " + ", ".join(map(repr, choices))
+
+
+def fields_problem(fields: Any) -> str:
+    """Check header_fields or log_fields."""
+    if not isinstance(fields, list) or any(field not in FIELDS for field in fields):
+        return "must be a list of " + ", ".join(FIELDS)
+    return "names a field twice" if len(set(fields)) < len(fields) else ""
+
+
+def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Check the settings of which several parts can be wrong."""
+    for name in "blocked_mailusers", "allowed_mailusers":
+        if isinstance(values[name], list):
+            yield from ((name, problem) for problem in entry_problems(map(unquoted, values[name])))
+        elif values[name] is not None or name == "blocked_mailusers":
+            yield name, 'must be a list, like ["bob"]'
+    command, limits = values["lsof_command"], values["hourly_limits"]
+    if not isinstance(command, list) or not all(isinstance(w, str) and w and "\0" not in w for w in command):
+        yield "lsof_command", "must be a list of words, or []"
+    if not isinstance(limits, dict):
+        yield "hourly_limits", 'must be like {"*": 200, "root": None}'
+        return
+    for key, limit in limits.items():
+        if key != "*" and not whole(key) and account_by_name(key) is None:
+            yield "hourly_limits", f"there is no user {key!r}"
+        if limit is not None and not whole(limit):
+            yield "hourly_limits", f"{key!r}: a limit is a whole number of recipients, or None"
+
+
+# ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start as root, or allow CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (both) to the container or unit"
 LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where this is started as root"
+KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see Troubleshooting"
+FAILED: list[str] = []  # what --check found that stops the milter
 
 
-class Report:
-    """The lines of --check, and whether all is well."""
-
-    def __init__(self) -> None:
-        self.failed = False
-
-    def __call__(self, what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
-        """Print one line; problem: what is not well, "" if all is; cure: what to do about it."""
-        self.failed |= fatal
-        print(f"{'FAIL' if fatal else 'warn' if problem else 'ok  '}  {what}" + (f": {problem}" if problem else ""))
-        if problem and cure:
-            print(f"      -> {cure}")
+def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
+    """Print one line of --check; problem: what is not well, "" if all is; cure: what to do about it."""
+    if fatal:
+        FAILED.append(what)
+    state = "FAIL" if fatal else "warn" if problem else "ok  "
+    print(f"{state}  {what}" + (f": {problem}" if problem else ""))
+    if problem and cure:
+        print(f"      -> {cure}")
 
 
-def stranger_connection() -> Optional[tuple[Endpoint, Endpoint, int]]:
-    """Give the ends and the uid of a connection of another user: nobody's if this is root, else any there is."""
-    nobody = account("nobody")
-    if os.geteuid() or nobody is None:
-        found = sock_diag(diag_request(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0), 0, NLM_F_DUMP))
-        found.sort(key=lambda diag: diag.uid == 0)  # root's last: for those everyone is looked at
-        return next(((diag.source, diag.destination, diag.uid) for diag in found
-                     if diag.uid != os.geteuid() and diag.inode
-                     and find_socket(diag.destination, diag.source, LOOPBACK)), None)
-    listener = socket.create_server(("127.0.0.1", 0))
-    near, far = os.pipe()
+def check(sources: dict[str, str], problems: list[str]) -> int:
+    """Show on one screen whether this will work, before any mail depends on it; give the exit status."""
+    for problem in problems:
+        report("setting", problem, fatal=True)
+    if problems:
+        return EX_CONFIG
+    report("settings, and the socket's directory")
+    for name, default in DEFAULTS.items():
+        if globals()[name] != default:
+            print(f"      {name} = {globals()[name]!r}, from {sources[name]}; as delivered: {default!r}")
+    check_postfix()
+    try:
+        check_lookups(account_by_name(run_as_user))
+        delegated_to(0)  # now as the user the milter will be
+        if blocked_mailusers_file:
+            read_entries(blocked_mailusers_file, os.geteuid())
+    except (OSError, ValueError) as error:
+        cure = "allow CAP_SETUID and CAP_SETGID, and the user to read what is named"
+        report("as run_as_user", str(error), cure, True)
+    return EX_CONFIG if FAILED else 0
+
+
+def postconf(*arguments: str) -> tuple[list[str], str]:
+    """Ask Postfix for its settings; give the lines, and what is wrong where it does not answer."""
+    command = shutil.which("postconf", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin")
+    if command is None:
+        return [], "postconf is not there to ask"
+    try:
+        ran = subprocess.run([command, *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+                             timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], str(error)
+    said = quote(ran.stderr.strip())
+    return ran.stdout.decode("utf-8", "replace").splitlines(), f"postconf says {said}" if ran.returncode else ""
+
+
+def check_postfix() -> None:
+    """Look whether Postfix uses this socket, and lets no one here make up a client's address."""
+    lines, problem = postconf("-x")
+    if problem:
+        report("Postfix", problem, "with Postfix, mend what it says; with Sendmail, see the README")
+        return
+    settings = {}
+    for line in lines + postconf("-Px")[0]:  # of services in master.cf, as SERVICE/TYPE/NAME
+        name, _, value = line.partition(" = ")
+        settings[name.strip()] = value.strip()
+    check_smtpd_milters(settings)
+    early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
+    report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
+           "postconf -e smtpd_forbid_unauth_pipelining=yes")
+    for name, value in settings.items():
+        kind = name.split("/")[-1]
+        made_up = kind.endswith("_upstream_proxy_protocol") or (
+            kind == "smtpd_authorized_xclient_hosts" and may_be_local(value))
+        if value and made_up:
+            report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
+                   "allow it to addresses only that users of this host cannot have, on a port of its own")
+        elif value and kind == "smtpd_proxy_filter":
+            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
+                   "give local clients a listener with content_filter instead; see README, Content filters")
+
+
+def check_smtpd_milters(settings: dict[str, str]) -> None:
+    """Look whether smtpd_milters names this socket, once, and so that a chrooted smtpd finds it."""
+    spool, problem, named = settings.get("queue_directory", "/"), "it does not", False
+    for name, value in settings.items():
+        if name.split("/")[-1] == "smtpd_milters":
+            paths = re.findall(r"unix:([^\s,{}]+)", value)
+            ours = [path for path in paths if os.path.join(spool, path) == socketname]
+            named = named or bool(ours)
+            if len(ours) > 1:
+                problem = "twice"
+            elif ours and ours[0].startswith("/") and any(map(is_chrooted_smtpd, postconf("-M")[0])):
+                problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf"
+    mapped = settings.get("smtpd_milter_maps")
+    line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
+    cure = f"postconf -e '{line}', beside what is there now"
+    report("Postfix: smtpd_milters names this socket", "" if named and problem == "it does not" else problem,
+           f"look whether smtpd_milter_maps does: {mapped}" if mapped and not named else cure)
+
+
+def is_chrooted_smtpd(service: str) -> bool:
+    """Tell whether a line of master.cf is an smtpd in a chroot ("-": no, since Postfix 3.0)."""
+    fields = service.split()
+    return fields[7:8] == ["smtpd"] and fields[4] == "y"
+
+
+def may_be_local(hosts: str) -> bool:
+    """Tell whether a list of hosts can include an address of this host; a table or a host name can."""
+    try:
+        networks = [ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
+                    for word in re.split(r"[\s,]+", hosts) if word]
+    except ValueError:
+        return True
+    own = own_addresses() | {ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")}
+    return any(network.is_loopback or address in network for network in networks for address in own)
+
+
+def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
+    """Try each way of looking up, in the uid the milter will have, on another user's connection."""
+    lookup, problem = choose_lookup(lambda mta_end: "redirected")
+    if mapped_uids() < ENOUGH_UIDS:
+        problem = "this user namespace maps too few uids to tell users apart"
+    report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
+    if problem or not isinstance(lookup, KernelLookup):
+        return
+    stranger = stranger_connection(lookup)
+    privileged = os.geteuid() == 0 or sees_others()
+    channel = fork_helper(user) if privileged else None
+    become(user)
+    set_capabilities(())
+    report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
+           "" if cgroup_mount() is not None else "not mounted, all processes are searched",
+           "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
+    owner = check_owner(lookup, stranger) if stranger else None
+    if stranger is None:
+        report("users and programs of others", "not tried, no other user has a connection now",
+               "run this as root" + (", with CAP_SETUID" if privileged else ""))
+    if owner and channel:
+        check_program("programs: the helper", Describer(channel, False), owner, HELPER_CURE)
+    elif not channel:
+        problem = why_no_lsof()
+        if owner and not problem:
+            check_program("programs: sudo lsof", Describer(None, True), owner, LSOF_CURE)
+        else:
+            report("programs: sudo lsof", problem, LSOF_CURE)
+        report("programs: the helper", "not there; whoever a firewall redirects to the MTA stays unknown, "
+               "and root, too, where sudo lsof is not there either", HELPER_CURE)
+
+
+def check_owner(lookup: KernelLookup, stranger: tuple[Endpoint, Endpoint, int]) -> Optional[ClientSocket]:
+    """Find the owner of another user's connection; None if that fails."""
+    for _ in range(5):  # one that is not ours can end meanwhile
+        began = time.perf_counter()
+        owner = lookup.find_client_socket(*stranger[:2])
+        took = (time.perf_counter() - began) * 1e6
+        if owner and owner.uid == stranger[2]:
+            report(f"users: another user's connection, {took:.0f} us")
+            return owner
+        stranger = stranger_connection(lookup) or stranger
+    found = (owner.why or "wrong uid") if owner else "taken for remote"
+    report("users: another user's connection", f"not found ({found})",
+           "run this again; in a unit or container, give it the host's network and users", True)
+    return None
+
+
+def check_program(way: str, describer: Describer, owner: ClientSocket, cure: str) -> None:
+    """Find the program of a connection as the milter will."""
+    began = time.perf_counter()
+    facts = describer.describe(owner)
+    took = (time.perf_counter() - began) * 1e6
+    if "why" in facts:
+        report(way, facts["why"], cure)
+    else:
+        report(f"{way}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}")
+
+
+def why_no_lsof() -> str:
+    """Say why programs do not come through sudo lsof, or ""."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired, IndexError):
+        version = subprocess.run([lsof_command[0], "--version"], stdin=subprocess.DEVNULL, capture_output=True,
+                                 timeout=5, check=False)
+        if b"sudo-rs" in version.stdout + version.stderr:
+            return "this is sudo-rs, which has no regular expressions: the rule never matches; start as root"
+    return "" if lsof_allowed() else "not allowed"
+
+
+def stranger_connection(lookup: KernelLookup) -> Optional[tuple[Endpoint, Endpoint, int]]:
+    """Give the ends and uid of another user's connection: one made for this if it is root, else any."""
+    if os.geteuid():
+        for diag in dump_sockets(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0)):
+            other = diag.inode and diag.uid not in (0, os.geteuid())
+            if other and lookup.find(diag.destination, diag.source, LOOPBACK):
+                return diag.source, diag.destination, diag.uid
+        return None
+    # In a container that does not map all uids, 65534 stands for the others.
+    name = "nobody" if mapped_uids() == ALL_UIDS else "daemon"
+    listener, (near, far) = socket.create_server(("127.0.0.1", 0)), os.pipe()
     if os.fork() == 0:
         try:
-            become(nobody)
+            become(pwd.getpwnam(name))
             signal.alarm(30)
             with socket.create_connection(listener.getsockname()) as connection:
                 listener.close()
@@ -1755,257 +2184,200 @@ def stranger_connection() -> Optional[tuple[Endpoint, Endpoint, int]]:
     os.close(far)  # else a child that fails would be waited for
     server, port = endpoint(*listener.getsockname()), os.read(near, 8)
     if port:
-        listener.accept()[0].detach()  # one that is not accepted is nobody's, see find_owner
+        listener.accept()[0].detach()  # one that is not accepted is nobody's, see why_no_owner
     listener.detach()
-    return (endpoint("127.0.0.1", int(port)), server, nobody.pw_uid) if port else None
+    return (endpoint("127.0.0.1", int(port)), server, pwd.getpwnam(name).pw_uid) if port else None
 
 
-def check_lookups(report: Report, user: Optional[pwd.struct_passwd]) -> None:
-    """Try each way of looking up, in the uid the milter will have, on another user's connection."""
-    problem = kernel_problem()
-    cure = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
-    if mapped_uids() <= 65536:
-        problem = "this user namespace maps too few uids to tell users apart"
-    report("users: the kernel (sock_diag)", problem, cure, bool(problem))
-    if problem:
+# ------------------------------------------------------------------------------- privilege, start
+def set_capabilities(wanted: Iterable[int]) -> None:
+    """Keep, of the capabilities this process has, only those named; OSError if the kernel refuses."""
+    mask = sum(1 << number for number in wanted) & capabilities()
+    header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
+    # struct __user_cap_data_struct: effective, permitted, inheritable; then the same above 31
+    if LINUX and LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def capabilities() -> int:
+    """Give the permitted capabilities of this process as a mask; 0 where there are none to read."""
+    status = read_file("/proc/self/status") if LINUX else ""
+    match = re.search(r"^CapPrm:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return int(match.group(1), 16) if match else 0
+
+
+def sees_others() -> bool:
+    """Tell whether this process may see what files other users' processes have open."""
+    needed = 1 << CAP_SYS_PTRACE | 1 << CAP_DAC_READ_SEARCH
+    return capabilities() & needed == needed
+
+
+def become(user: Optional[pwd.struct_passwd]) -> None:
+    """Drop groups, gid and uid for good; None: stay as started. RuntimeError if there is a way back."""
+    if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
         return
-    stranger = stranger_connection()
-    privileged = os.geteuid() == 0 or sees_others()
-    channel = fork_helper(user) if privileged else None
-    become(user)
-    set_capabilities(())
-    report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
-           "" if cgroup_mount() is not None else "not mounted, all processes are searched",
-           "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    if stranger is None:
-        report("users and programs of others", "not tried, no other user has a connection now",
-               "run this as root" + (", with CAP_SETUID" if privileged else ""))
-        if not channel:
-            report("programs: sudo lsof", "" if lsof_allowed() else "not allowed", LSOF_CURE)
-        return
-    owner = check_owner(report, stranger)
-    if owner:
-        check_programs(report, owner, channel)
+    os.setgroups([])
+    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    if os.getresuid() != (user.pw_uid,) * 3 or os.getresgid() != (user.pw_gid,) * 3:
+        raise RuntimeError("could not drop root for good")
 
 
-def check_owner(report: Report, stranger: tuple[Endpoint, Endpoint, int]) -> Optional[Owner]:
-    """Find the owner of another user's connection; None if that fails."""
-    for _ in range(5):  # one that is not ours can end meanwhile
-        began = time.perf_counter()
-        owner = find_owner(*stranger[:2])
-        took = (time.perf_counter() - began) * 1e6
-        if owner and owner.uid == stranger[2]:
-            report(f"users: another user's connection, {took:.0f} us")
-            return owner
-        stranger = stranger_connection() or stranger
-    report("users: another user's connection",
-           f"not found ({owner.why or 'wrong uid' if owner else 'taken for remote'})",
-           "run this again; in a unit or container, give it the host's network and users", True)
-    return None
+def handed_over() -> str:
+    """Give libmilter's name for the socket that the service manager hands over (sd_listen_fds(3)), or "".
+
+    ValueError if what it hands over is not one listening unix socket for this process.
+    """
+    count, pid = os.environ.get("LISTEN_FDS"), os.environ.get("LISTEN_PID")
+    if count is None and pid is None:
+        return ""
+    if pid != str(os.getpid()):
+        raise ValueError(f"LISTEN_PID = {pid!r}: must be {os.getpid()}, this process, as the service manager sets it")
+    if count != "1":
+        raise ValueError(f"LISTEN_FDS = {count!r}: must be 1, from a socket unit with one ListenStream=")
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(HANDED_OVER)) as given:
+        if given.family == socket.AF_UNIX and given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return f"fd:{HANDED_OVER}"
+    raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix socket that listens")
 
 
-def check_programs(report: Report, owner: Owner, channel: Optional[socket.socket]) -> None:
-    """Find the program as the milter will: through the helper (channel) or through sudo lsof."""
-    facts, took = {"why": "not there"}, 0.0
-    if channel or lsof_allowed():  # with a helper, sudo is not asked: a refusal is mailed to root
-        describer = Describer(channel, not channel, Workers(1, 1))
-        began = time.perf_counter()
-        facts = describer.wait(describer.ask(owner))
-        took = (time.perf_counter() - began) * 1e6
-    way, cure = ("programs: the helper", HELPER_CURE) if channel else ("programs: sudo lsof", LSOF_CURE)
-    found = f"{way}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}"
-    report(way if "why" in facts else found, facts.get("why", ""), cure)
-    if not channel and "why" in facts:
-        report("programs: the helper", "not there", HELPER_CURE)
-    elif not channel:
-        report("programs: the helper, not there and not needed")
-
-
-def postconf(*arguments: str) -> dict[str, str]:
-    """Ask Postfix for its settings; {} where it is not installed or does not answer."""
-    try:
-        output = subprocess.run(["postconf", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, timeout=10, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    pairs = (line.partition(" = ") for line in output.decode("utf-8", "replace").splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def check_postfix(report: Report) -> None:
-    """Look whether Postfix uses this socket, and gives no one here the right to make up a client's address."""
-    settings = postconf("-x")
-    if not settings:
-        report("Postfix", "postconf is not there to ask", "with Postfix, run this with /usr/sbin in PATH")
-        return
-    settings.update(postconf("-Px"))  # of services in master.cf, as SERVICE/TYPE/NAME
-    milters = " ".join(value for name, value in settings.items() if name.split("/")[-1] == "smtpd_milters")
-    spool = settings.get("queue_directory", "/")
-    used = any(os.path.join(spool, path) == socketname for path in re.findall(r"unix:([^\s,{}]+)", milters))
-    short = os.path.relpath(socketname, spool)
-    mapped = settings.get("smtpd_milter_maps")
-    report("Postfix: smtpd_milters names this socket", "" if used else "it does not",
-           f"look whether smtpd_milter_maps does: {mapped}" if mapped else
-           f"postconf -e 'smtpd_milters = {{ unix:{short}, default_action=accept }}', beside what is there now")
-    early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
-    report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
-           "postconf -e smtpd_forbid_unauth_pipelining=yes")
-    for name, value in settings.items():
-        kind = name.split("/")[-1]
-        if value and (kind.endswith("_upstream_proxy_protocol") or
-                      kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
-            report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
-                   "allow it to addresses only that users of this host cannot have, on a port of its own")
-        elif value and kind == "smtpd_proxy_filter":
-            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
-                   "give local clients a listener with content_filter instead; see README, Content filters")
-
-
-def may_be_local(hosts: str) -> bool:
-    """Tell whether a list of hosts can include an address of this host; a table or a host name can."""
-    own = {ipaddress.ip_address(a.address.split("%")[0]) for nics in psutil.net_if_addrs().values() for a in nics
-           if a.family in (socket.AF_INET, socket.AF_INET6)} | set(map(ipaddress.ip_address, ("127.0.0.1", "::1")))
-    try:
-        networks = [ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
-                    for word in re.split(r"[\s,]+", hosts) if word]
-    except ValueError:
-        return True
-    return any(network.is_loopback or address in network for network in networks for address in own)
-
-
-def check(problems: list[str]) -> int:
-    """Show on one screen whether this will work, before any mail depends on it; give the exit status."""
-    report = Report()
-    for problem in problems:
-        report("setting", problem, fatal=True)
-    if not problems:
-        report("settings, and the socket's directory")
-        check_postfix(report)
-        try:
-            check_lookups(report, account(run_as_user))
-            delegated_to(0)  # now as the user the milter will be
-            if blocked_mailusers_file:
-                read_entries(blocked_mailusers_file, os.geteuid())
-        except (OSError, ValueError) as error:
-            cure = "allow CAP_SETUID and CAP_SETGID, and the user to read what is named"
-            report("as run_as_user", str(error), cure, True)
-    return EX_CONFIG if report.failed else 0
-
-
-# ---------------------------------------------------------------------------------------------------- main
 def start_problem() -> str:
     """Say why the milter cannot start here although its settings are well, or ""."""
-    if mapped_uids() <= 65536:
+    if mapped_uids() < ENOUGH_UIDS:
         return "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
-    if os.path.lexists(socketname):
+    try:
+        if handed_over() or not os.path.lexists(socketname):
+            return ""
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(5)  # one that does not accept is still there
-            try:
-                with contextlib.suppress(ConnectionRefusedError):  # left over from one that was killed
-                    probe.connect(socketname)
-                    return f"another milter is already serving {socketname}"
-                os.unlink(socketname)
-            except OSError as error:
-                return f"{socketname}: {error}"
+            with contextlib.suppress(ConnectionRefusedError):  # left over from one that was killed
+                probe.connect(socketname)
+                return f"another milter is already serving {socketname}"
+            os.unlink(socketname)
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{socketname}: {error}"
     return ""
 
 
-def announce() -> None:
-    """Tell the service manager that the socket is there (sd_notify(3)), when it is."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        while probe.connect_ex(socketname):
-            time.sleep(0.02)
-    say(INFO, f"listening on {socketname}")
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                manager.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as error:
-            say(ERROR, f"NOTIFY_SOCKET: {error}")
-
-
-def prepare(user: Optional[pwd.struct_passwd]) -> None:
-    """Fork the helper, drop privilege, and set up what all connections share; in this order."""
+def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
+    """Fork the helper, drop privilege, set up what sessions share; in this order. Give the ways of looking up."""
     privileged = sees_others()
     by_lsof = None if os.geteuid() == 0 else lsof_allowed()
     channel = None if by_lsof and not privileged else fork_helper(user)
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
         set_capabilities(())
-    # Threads begin below, and none may take these: they are the main thread's, see "run".
+    # Threads begin below, and none may take these: the main thread waits for them, see "run".
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    users = "sock_diag" if SysuserMilter.find_owner is find_owner else "psutil (holders, not owners)"
     programs = "the helper" if privileged else "sudo lsof" if channel is None else (
         "the helper without the privilege to see other users' processes")
-    say(INFO, f"version {VERSION}: users from {users}; programs through {programs}")
-    SysuserMilter.directory = Directory(Workers(4, MOST_REMEMBERED))
-    SysuserMilter.block_list = BlockList(blocked_mailusers, blocked_mailusers_file, os.geteuid(), Workers(1, 2))
-    SysuserMilter.limits = Limits(hourly_limits)
-    SysuserMilter.describer = Describer(channel, by_lsof, Workers(LSOF_PROCESSES, 8 * LSOF_PROCESSES))
-    SysuserMilter.block_list.now()
-    if SysuserMilter.block_list.problem:  # root could read it, run_as_user cannot
-        sys.exit(EX_CONFIG)
-    if (blocked_mailusers or blocked_mailusers_file or hourly_limits) and unidentified_action == "accept":
+    ways = f"version {VERSION}: users from {lookup.name}; programs through {programs}"
+    say(INFO, ways)
+    shared, directory = SysuserMilter, Directory()
+    shared.lookup, shared.directory, shared.describer = lookup, directory, Describer(channel, by_lsof)
+    shared.limits = Limits(hourly_limits)
+    shared.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
+                              os.geteuid())
+    shared.blocked.now()
+    if shared.blocked.problem:  # root could read it, run_as_user cannot
+        end(EX_CONFIG)
+    if allowed_mailusers is not None:
+        shared.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
+        shared.allowed.now()
+    if unidentified_action == "accept" and (
+            blocked_mailusers or blocked_mailusers_file or hourly_limits or shared.allowed):
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
+    return ways
 
 
-def run() -> int:
-    """Serve the MTA until told to stop; give the exit status."""
+def run() -> NoReturn:
+    """Serve the MTA until told to stop."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    problem, lack = start_problem(), ""
+    problem = start_problem()
     try:
-        lack = kernel_problem()
-    except OSError as error:  # it may pass: not a reason to do without sock_diag until the next start
+        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.dialled(mta_end))
+    except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
         problem = problem or f"a connection to 127.0.0.1, to try sock_diag on: {error}"
     if problem:
         say(ERROR, problem)
-        return 1
+        end(EX_FAILED)
     if lack:
         say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
-        SysuserMilter.find_owner = staticmethod(find_owner_psutil)
-        SysuserMilter.same_socket = staticmethod(same_socket_psutil)
-    if hasattr(LIBC, "mallopt"):  # glibc: else each thread gets a heap of its own, and memory creeps up
+    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has a heap of its own, and memory creeps up
         LIBC.mallopt(M_ARENA_MAX, 1)
-    prepare(account(run_as_user))
+    ways = prepare(account_by_name(run_as_user), lookup)
     os.umask(0o177)  # the socket's mode, as bind(2) takes it
     os.chdir("/")
     sys.excepthook = report_exception
     Milter.factory = SysuserMilter
     Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
-    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, as unidentified
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    threading.Thread(target=announce, daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # before libmilter waits for them
-    return int(Workers(1, 1).submit(serve_mta).result())
+    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
+    address = handed_over() or "unix:" + socketname
+    threading.Thread(target=serve_mta, args=(address,), daemon=True).start()
+    threading.Thread(target=announce, args=(address, ways), daemon=True).start()
+    again = signal.sigwait(STOP_SIGNALS) == signal.SIGHUP
+    say(INFO, "stopped, to be started again" if again else "stopped")
+    if address.startswith("unix:"):
+        with contextlib.suppress(OSError):
+            os.unlink(socketname)
+    end(EX_RESTART if again else 0)
 
 
-def serve_mta() -> int:
-    """Have libmilter serve connections until it fails; give the exit status."""
+def serve_mta(address: str) -> None:
+    """Have libmilter serve sessions until it fails."""
+    problem = "libmilter has stopped"
     try:
-        Milter.runmilter("milter_sysuser", "unix:" + socketname, timeout or LONGEST_TIMEOUT, rmsock=False)
+        Milter.runmilter("milter_sysuser", address, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        say(ERROR, f"{socketname}: {error}")
-        return 1
-    return 0
+        problem = str(error)
+    if address == f"fd:{HANDED_OVER}":
+        problem += ": where libmilter does not take a socket from the service manager, as Debian's does, " \
+                   "disable milter_sysuser.socket"
+    say(ERROR, f"{socketname}: {problem}")
+    end(EX_FAILED)
 
 
-def stop(number: int, frame: Any) -> NoReturn:
-    """End at once. libmilter's own stop takes up to 5 s, and under load hangs (it destroys a mutex in use)."""
-    say(INFO, "stopped")
-    try:
-        os.unlink(socketname)
-    finally:
-        os._exit(0)
+def announce(address: str, ways: str) -> None:
+    """Tell the service manager that sessions can begin (sd_notify(3)), when they can."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        while address.startswith("unix:") and probe.connect_ex(socketname):
+            time.sleep(0.02)
+    say(INFO, f"listening on {address.replace('unix:', '')}")
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.connect("\0" + name[1:] if name[0] == "@" else name)
+                manager.send(f"READY=1\nSTATUS={ways}".encode())
+        except OSError as error:
+            say(ERROR, f"NOTIFY_SOCKET: {error}")
+
+
+def end(status: int) -> NoReturn:
+    """End at once. libmilter's own stop takes up to 5 s, and hangs under load (it destroys a mutex in use)."""
+    if status == EX_CONFIG:
+        # The MTA must not wait on the service manager's socket until somebody mends the setting.
+        with contextlib.suppress(ValueError, OSError):
+            if handed_over():
+                socket.socket(fileno=HANDED_OVER).shutdown(socket.SHUT_RDWR)
+    os._exit(status)
 
 
 def main() -> int:
-    """Check the settings, then do what the command line says."""
-    parser = argparse.ArgumentParser(description="Tag local mail with the system user and program that sent it.",
-                                     epilog="There is one place to configure: the settings at the top of the script.")
+    """Read and check the settings, then do what the command line says."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Tag local mail with the system user and program that sent it.\n"
+                    f"Settings: at the top of the script, and in {settings_file}.",
+        epilog="example:\n  milter_sysuser.py --check && systemctl restart milter_sysuser\n\nexit status:\n"
+               "  0   told to stop (TERM, INT)\n"
+               "  1   could not start or go on: the last line of the log says why\n"
+               "  75  told to start again with the settings of now (HUP)\n"
+               "  78  a wrong setting; or Python, pymilter or psutil is missing or too old")
     parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()
@@ -2014,12 +2386,20 @@ def main() -> int:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number
-    problems = list(settings_problems(globals()))
+    log_target()  # now, while it may still be opened anew
+    if MISSING:
+        sys.stderr.write(f"milter_sysuser: {MISSING}: install pymilter 1.0.5 or newer and psutil "
+                         "(Debian 12 or newer: python3-milter python3-psutil)\n")
+        end(EX_CONFIG)
+    sources, problems = take_settings_file(globals())
+    problems += settings_problems(globals())
     if arguments.check:
-        return check(problems)
+        return check(sources, problems)
     for problem in problems:
         say(ERROR, problem)
-    return EX_CONFIG if problems else run()
+    if problems:
+        end(EX_CONFIG)
+    run()
 
 
 if __name__ == "__main__":

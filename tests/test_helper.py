@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import psutil
 import pytest
@@ -25,7 +26,7 @@ import milter_sysuser as ms  # noqa: E402
 
 BOTH = 1 << ms.CAP_SYS_PTRACE | 1 << ms.CAP_DAC_READ_SEARCH
 ENDED = "the helper has ended"
-OWNER = ms.Owner(1000, "", 4711, 42)
+OWNER = ms.ClientSocket(1000, "", 4711, 42)
 
 
 def status(pid: int) -> dict[str, str]:
@@ -109,9 +110,9 @@ class Helper:
         self.channel.settimeout(20)
         (self.process,) = set(psutil.Process().children()) - before
 
-    def ask(self, number: int, uid: int, inode: int, cgroup: int = 0) -> dict[str, Any]:
+    def ask(self, number: int, uid: int, inode: int, cgroup: int = 0, kind: int = ms.WHO_HAS) -> dict[str, Any]:
         """Ask, and read the next answer."""
-        self.channel.send(ms.QUESTION.pack(number, uid, inode, cgroup))
+        self.channel.send(ms.QUESTION.pack(number, kind, uid, inode, cgroup))
         return json.loads(self.channel.recv(65536))
 
     def works(self, number: int) -> bool:
@@ -142,9 +143,10 @@ def test_a_question_has_one_size(helper: Helper) -> None:
 
 @pytest.mark.parametrize("numbers", [
     (0, 0, 0), (0, 2 ** 32 - 1, 2 ** 64 - 1, 2 ** 64 - 1), (2 ** 64 - 1, 65534, 1, 1), (3, 1000, 2 ** 63, 2 ** 63)])
-def test_numbers_of_nothing_find_nothing(helper: Helper, numbers: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kind", [ms.WHO_HAS, ms.WHAT_WAS_DIALLED, 0, 255])
+def test_numbers_of_nothing_find_nothing(helper: Helper, kind: int, numbers: tuple[int, ...]) -> None:
     """The answer repeats the number, and says that there is nothing, or that it may not look."""
-    answer = helper.ask(*numbers)
+    answer = helper.ask(*numbers, kind=kind)
     assert answer == {"number": numbers[0], "why": answer["why"]}
     assert answer["why"] in ("not-found", "busy") if mta.can_see_others() else ("not-found", "not-permitted", "busy")
     assert helper.works(7)
@@ -154,14 +156,14 @@ def test_descriptors_that_come_with_a_question_are_not_taken(helper: Helper, see
     """SCM_RIGHTS gives the helper nothing."""
     assert helper.works(0)  # it has opened what it needs
     before = descriptors(helper.process.pid)
-    socket.send_fds(helper.channel, [ms.QUESTION.pack(1, 0, 1, 0)], [0, 1, 2])
+    socket.send_fds(helper.channel, [ms.QUESTION.pack(1, ms.WHO_HAS, 0, 1, 0)], [0, 1, 2])
     assert json.loads(helper.channel.recv(65536))["number"] == 1
     assert descriptors(helper.process.pid) == before
 
 
 def test_a_flood_of_questions_whose_answers_nobody_reads_is_survived(helper: Helper) -> None:
     """Answers that have no room are dropped, and it goes on."""
-    question = ms.QUESTION.pack(1, 4711, os.fstat(helper.channel.fileno()).st_ino, 0)  # of no user: found in ours
+    question = ms.QUESTION.pack(1, ms.WHO_HAS, 4711, os.fstat(helper.channel.fileno()).st_ino, 0)  # of no user: found in ours
     for _ in range(700):  # the two queues have room for some 280 each
         helper.channel.send(question)
     helper.channel.settimeout(0)
@@ -170,7 +172,7 @@ def test_a_flood_of_questions_whose_answers_nobody_reads_is_survived(helper: Hel
             helper.channel.recv(65536)
     except BlockingIOError:
         helper.channel.settimeout(20)
-    helper.channel.send(ms.QUESTION.pack(2, 4711, 0, 0))
+    helper.channel.send(ms.QUESTION.pack(2, ms.WHO_HAS, 4711, 0, 0))
     while json.loads(helper.channel.recv(65536))["number"] != 2:
         pass
     assert helper.works(3)
@@ -215,7 +217,7 @@ def test_without_the_helper_users_are_still_named_and_blocked(make_milter: Any, 
         assert bob.send(milter) == ["550 5.7.1 User mst-bob is blocked from sending mail"] * 2
     assert len(milter.wait_lines("lookup=no-helper", 6)) == 6
     assert [" ERROR " in line for line in milter.lines() if " INFO " not in line and " WARNING " not in line] == [True]
-    assert "programs stay unknown; restart the milter" in milter.lines(ENDED)[0]
+    assert "programs and root stay unknown; restart the milter" in milter.lines(ENDED)[0]
 
 
 def test_a_stopped_helper_is_waited_for_once(milter: mta.Milter) -> None:
@@ -239,166 +241,135 @@ def test_a_stopped_helper_is_waited_for_once(milter: mta.Milter) -> None:
 # --- answers ----------------------------------------------------------------------------------------------------
 
 class Fake:
-    """A describer whose helper is this test."""
+    """A describer whose helper is this test: a function that is given each question's number, and the channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Callable[[int, socket.socket], None]) -> None:
         near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.far.settimeout(20)
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # else it is the host's, which may be any size
-        self.describer = ms.Describer(near, False, ms.Workers(1, 1))
+        self.numbers: list[int] = []
+        self.describer = ms.Describer(near, False)
 
-    def asked(self) -> int:
-        """Read a question; give its number."""
-        return ms.QUESTION.unpack(self.far.recv(100))[0]
+        def serve() -> None:
+            while data := self.far.recv(100):
+                self.numbers.append(ms.QUESTION.unpack(data)[0])
+                answer(self.numbers[-1], self.far)
+        self.thread = threading.Thread(target=serve)
+        self.thread.start()
 
-    def answer(self, number: Any, **facts: Any) -> None:
-        """Answer a question."""
-        self.far.send(json.dumps({"number": number, **facts}).encode())
+    def close(self) -> None:
+        """End it."""
+        self.far.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        self.far.close()
+        mta.wait_for(lambda: self.describer.channel is None, what="the end to be noticed")
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    """Give a describer without a helper; its complaints stay out of the output."""
-    monkeypatch.setattr(ms, "complain", ms.Complaints())
-    fake = Fake()
-    yield fake
-    fake.far.close()
-    mta.wait_for(lambda: fake.describer.channel is None, what="the reader's end")
+def make_fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fake]]:
+    """Give describers without a helper; what they complain of is in ms.said."""
+    monkeypatch.setattr(ms, "said", [], raising=False)
+    monkeypatch.setattr(ms, "say", lambda level, text: ms.said.append(text))
+    monkeypatch.setattr(ms, "COMPLAINTS", {})
+    made: list[Fake] = []
+    yield lambda answer: made.append(Fake(answer)) or made[-1]
+    for fake in made:
+        fake.close()
 
 
-def test_answers_to_connections_that_are_idle_do_not_fill_the_channel(fake: Fake) -> None:
-    """Who does not go on with a message fetches nothing."""
-    questions = []
-    for _ in range(3000):
-        questions.append(fake.describer.ask(OWNER))
-        fake.far.send(json.dumps({"number": fake.asked(), "program": "p"}).encode(), socket.MSG_DONTWAIT)
-    assert fake.describer.wait(questions[0]) == fake.describer.wait(questions[-1]) == {"program": "p"}
+def answer(channel: socket.socket, number: Any, **facts: Any) -> None:
+    """Answer a question."""
+    channel.send(json.dumps({"number": number, **facts}).encode())
 
 
-def test_a_question_long_unanswered_keeps_nobody_from_waiting(fake: Fake) -> None:
-    """Its connection goes on sending messages."""
-    never = fake.describer.ask(OWNER)._replace(deadline=time.monotonic())
-    fake.asked()
-    question = fake.describer.ask(OWNER)._replace(deadline=time.monotonic() + 60)
-    assert fake.describer.wait(never) == {"why": "timeout"}
-    threading.Timer(0.1, fake.answer, [fake.asked()], {"program": "right"}).start()
-    assert fake.describer.wait(question) == {"program": "right"}
+def test_one_question_is_asked_at_a_time_and_each_session_has_its_own_answer(make_fake: Any) -> None:
+    """However many ask at once."""
+    under_way: list[int] = []
+
+    def one(number: int, channel: socket.socket) -> None:
+        under_way.append(len(fake.numbers))
+        answer(channel, number, program=f"p{number}")
+    fake = make_fake(one)
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(fake.describer.describe(OWNER)["program"])) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == sorted(f"p{number}" for number in fake.numbers) and len(set(found)) == 50
+    assert under_way == list(range(1, 51))
 
 
-def test_answers_go_to_the_question_whose_number_they_repeat(fake: Fake) -> None:
-    """In whatever order they come."""
-    questions = [fake.describer.ask(OWNER) for _ in range(5)]
-    numbers = [fake.asked() for _ in questions]
-    assert len(set(numbers)) == 5
-    for number in reversed(numbers):
-        fake.answer(number, program=f"p{number}")
-    assert [fake.describer.wait(question)["program"] for question in questions] == [f"p{n}" for n in numbers]
+def test_a_late_answer_describes_nobody_and_is_waited_for_once(make_fake: Any) -> None:
+    """The session that gave up stays unknown; while the answer is owed nobody waits; then each has its own again."""
+    late: list[int] = []
+
+    def one(number: int, channel: socket.socket) -> None:
+        if number == 1:
+            late.append(number)
+        else:
+            answer(channel, number, program=f"p{number}")
+    fake = make_fake(one)
+    assert fake.describer.describe(OWNER) == {"why": "timeout"}
+    began = time.monotonic()
+    for _ in range(100):
+        assert fake.describer.describe(OWNER) == {"why": "timeout"}
+    assert time.monotonic() - began < 100 * ms.HELPER_SECONDS / 2 and fake.numbers == [1]
+    answer(fake.far, late[0], program="late")
+    mta.wait_for(lambda: fake.describer.describe(OWNER) == {"program": f"p{fake.numbers[-1]}"}, what="an answer")
+    assert fake.describer.describe(OWNER) == {"program": f"p{fake.numbers[-1]}"}
 
 
-def test_lsof_is_not_run_for_whom_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections that have ended hold nobody up; one that is still there has its answer for a later message."""
-    asked, go_on = [], threading.Event()
-    monkeypatch.setattr(ms, "ask_lsof", lambda owner: asked.append(owner.inode) or go_on.wait(60) and {"program": "p"})
-    monkeypatch.setattr(ms, "LSOF_SECONDS", 0.1)
-    describer = ms.Describer(None, True, ms.Workers(1, 10))
-    first, late, ended = (describer.ask(OWNER._replace(inode=inode)) for inode in (1, 2, 3))
-    assert describer.wait(late) == {"why": "timeout"}
-    monkeypatch.setattr(ms, "LSOF_SECONDS", 60)
-    last = describer.ask(OWNER._replace(inode=4))
-    describer.forget(ended)
-    go_on.set()
-    assert describer.wait(last) == describer.wait(first) == describer.wait(late) == {"program": "p"}
-    assert asked == [1, 2, 4]
-
-
-def test_a_late_answer_describes_nobody(fake: Fake) -> None:
-    """The connection that gave up stays unknown; the next gets its own answer only."""
-    first = fake.describer.ask(OWNER)
-    assert fake.describer.wait(first) == {"why": "timeout"}
-    second = fake.describer.ask(OWNER)._replace(deadline=time.monotonic() + 60)
-    assert fake.describer.wait(second) == {"why": "timeout"}
-    assert time.monotonic() < second.deadline - 30, "waited for, although the first was late"
-    fake.describer.forget(first)
-    fake.describer.forget(second)
-    third = fake.describer.ask(OWNER)._replace(deadline=time.monotonic() + 60)
-    late, later, number = (fake.asked() for _ in range(3))
-    fake.answer(late, program="late")
-    fake.answer(later, program="later")
-    threading.Timer(0.1, fake.answer, [number], {"program": "right"}).start()
-    assert fake.describer.wait(third) == {"program": "right"}, "not waited for, although the helper answers again"
-    fake.answer(number, program="twice")
-    fourth = fake.describer.ask(OWNER)
-    fake.answer(fake.asked(), program="fourth")
-    assert fake.describer.wait(fourth) == {"program": "fourth"}
-
-
-@pytest.mark.parametrize("nonsense", [
+NONSENSE = [
     b"nonsense", b"\xff\xfe\x00", b"{", b"null", b"[]", b"4711", b'"number"', b"{}", b'{"number": null}',
     b'{"number": []}', b'{"number": "1"}', b'{"number": 4711, "program": "wrong"}', b'{"number": -1}',
-    b'{"number": 1e400}', b'{"number": 1, "program": "wrong", "holders": ["root"]}', b"[" * 20000,
-    b'{"number": 1, "program": "wrong", "holders": [-1]}', b'{"number": 1, "program": "wrong", "holders": 0}',
-    b'{"number": 1, "program": "wrong", "holders": [4294967296]}', b'{"number":' + b"9" * 5000 + b"}"])
-def test_nonsense_is_no_answer(fake: Fake, nonsense: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    b'{"number": 1e400}', b'{"number": 1, "program": "wrong", "holder": ["root"]}', b"[" * 20000, b"[1]", b"[[1, 2]]",
+    b'{"number": 1, "program": "wrong", "holder": -1}', b'{"number": 1, "program": "wrong", "holder": "root"}',
+    b'{"number": 1, "program": "wrong", "holder": 4294967296}', b'{"number":' + b"9" * 5000 + b"}",
+    b'{"number": 1, "address": "localhost", "port": 25}', b'{"number": 1, "address": 1, "port": 25}',
+    b'{"number": 1, "address": "127.0.0.1"}', b'{"number": 1, "address": "127.0.0.1", "port": []}']
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_nonsense_is_no_answer(make_fake: Any, nonsense: bytes) -> None:
     """It describes nothing, and the answer that follows still does."""
-    question = fake.describer.ask(OWNER)
-    number = fake.asked()
-    assert number == 1
-    fake.far.send(nonsense)
-    fake.answer(number, program="right")
-    assert fake.describer.wait(question) == {"program": "right"}
+    def one(number: int, channel: socket.socket) -> None:
+        channel.send(nonsense)
+        answer(channel, number, program="right")
+    assert make_fake(one).describer.describe(OWNER) == {"program": "right"}
 
 
 @pytest.mark.parametrize("nonsense", [b"nonsense", b'{"number": 4711}'])
-def test_nonsense_without_end_is_not_listened_to_for_ever(fake: Fake, nonsense: bytes) -> None:
-    """A connection's deadline holds, however fast it comes."""
-    class Mad:  # a channel that is never empty, as no process could fill it
-        ended = threading.Event()
+def test_nonsense_without_end_is_not_listened_to_for_ever(make_fake: Any, nonsense: bytes) -> None:
+    """A session's deadline holds, however fast it comes."""
+    stop = threading.Event()
 
-        def recv(self, size: int, flags: int) -> bytes:
-            return b"" if self.ended.is_set() else nonsense
-    describer, question = fake.describer, fake.describer.ask(OWNER)
-    real, describer.channel = describer.channel, Mad()
-    found: list[Any] = []
-    waiting = threading.Thread(target=lambda: found.append(describer.wait(question)))
-    waiting.start()
-    waiting.join(30)
-    Mad.ended.set()
-    waiting.join()
-    describer.channel = real
-    assert found == [{"why": "timeout"}]
-    assert time.monotonic() < question.deadline + 29, "listened to until it ended"
+    def one(number: int, channel: socket.socket) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(BlockingIOError):
+                channel.send(nonsense, socket.MSG_DONTWAIT)
+    fake = make_fake(one)
+    began = time.monotonic()
+    assert fake.describer.describe(OWNER) == {"why": "timeout"}
+    assert time.monotonic() - began < 30, "listened to until it ended"
+    stop.set()
 
 
 def test_what_a_nonsense_answer_says_of_the_user_is_not_used() -> None:
     """User and uid are the kernel's, whatever the helper says."""
-    sender = ms.Sender(ms.Person(1000, "alice", 1000, True), 1000, {"user": "root", "uid": 0, "program": "p"}, "", ())
-    assert ms.sender_values(sender, ["user", "uid", "program", "pid"]) == [
+    sender = ms.Sender(ms.Account(1000, 1000, "alice"), "", {"user": "root", "uid": 0, "program": "p"})
+    assert sender.values(["user", "uid", "program", "pid"]) == [
         ("user", "alice"), ("uid", 1000), ("program", "p"), ("pid", None)]
 
 
-def test_a_helper_that_takes_no_questions_costs_nothing(fake: Fake) -> None:
-    """When the channel is full, questions fail at once, and nothing is kept of them."""
-    questions = [fake.describer.ask(OWNER) for _ in range(3000)]
-    reasons = [fake.describer.wait(question)["why"] for question in questions]
-    assert set(reasons) == {"timeout", "busy"} and reasons.count("busy") > 1000
-    for question in questions:
-        fake.describer.forget(question)
-    assert not fake.describer.answers
+def test_the_helpers_end_settles_the_question_under_way_and_those_that_come_after(make_fake: Any) -> None:
+    """At once, and one line says so."""
+    fake = make_fake(lambda number, channel: channel.shutdown(socket.SHUT_RDWR))
+    assert fake.describer.describe(OWNER) == fake.describer.describe(OWNER) == {"why": "no-helper"}
+    mta.wait_for(lambda: ms.said, what="the line")
+    assert len(ms.said) == 1 and ENDED in ms.said[0]
 
 
-def test_the_helpers_end_settles_every_question(fake: Fake) -> None:
-    """Those under way, those that found the channel full, and those that come after."""
-    questions = [fake.describer.ask(OWNER) for _ in range(3000)]
-    fake.far.close()
-    mta.wait_for(lambda: [] not in fake.describer.answers.values(), what="all to be settled")
-    questions.append(fake.describer.ask(OWNER))
-    assert {fake.describer.wait(question)["why"] for question in questions} == {"busy", "no-helper"}
-    assert fake.describer.wait(questions[-1]) == {"why": "no-helper"}
-
-
-def test_no_helper_is_asked_about_a_socket_that_nobody_has(fake: Fake) -> None:
+def test_no_helper_is_asked_about_a_socket_that_nobody_has(make_fake: Any) -> None:
     """An orphan's inode is 0, which other orphans share."""
-    assert fake.describer.wait(fake.describer.ask(OWNER._replace(inode=0))) == {"why": "gone"}
-    fake.far.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        fake.asked()
+    fake = make_fake(lambda number, channel: None)
+    assert fake.describer.describe(OWNER._replace(inode=0)) == {"why": "gone"}
+    assert not fake.numbers

@@ -399,7 +399,7 @@ def test_under_journald_a_line_begins_with_its_level(postfix: mta.Postfix, repla
     send("mst-alice", postfix.port)
     (line,) = milter.wait_lines(queue_id(postfix.wait_messages(1)[0]))
     assert re.match(r"<6>\w+: client=127\.0\.0\.1:\d+ user=mst-alice uid=\d+ program=", line)
-    assert all(re.match("<[46]>", line) for line in milter.lines()) and milter.lines("<4>block list: ")
+    assert all(re.match("<[46]>", line) for line in milter.lines()) and milter.lines("<4>blocked_mailusers: ")
 
 
 def test_where_stderr_is_not_the_journals_a_line_has_its_time(replaced: Any) -> None:

@@ -205,8 +205,8 @@ def test_each_capability_and_each_exception_is_explained() -> None:
 def test_the_unit_starts_before_the_mta_and_again_after_a_failure_but_not_a_wrong_setting() -> None:
     """What depends on the script is as the script has it: its exit status, its user, its socket's directory."""
     unit = parse(read_unit())
-    expected = {"Type": "notify", "NotifyAccess": "main", "Restart": "on-failure", "SyslogFacility": "mail",
-                "RestartPreventExitStatus": re.search(r"^EX_CONFIG = (\d+)", mta.SCRIPT.read_text(), re.M)[1],
+    expected = {"Type": "notify", "NotifyAccess": "main", "Restart": "always", "SyslogFacility": "mail",
+                "RestartPreventExitStatus": re.search(r"EX_CONFIG = .*(\d\d)  #", mta.SCRIPT.read_text())[1],
                 "SyslogIdentifier": "milter_sysuser", "WantedBy": "multi-user.target"}
     assert {key: unit[key][0] for key in expected} == expected
     assert {"postfix.service", "postfix@-.service", "sendmail.service"} <= set(unit["Before"][0].split())
@@ -279,6 +279,6 @@ def test_systemd_is_told_that_it_is_ready_by_the_main_process_once_the_socket_is
         try:
             data, ancillary, _, _ = manager.recvmsg(4096, socket.CMSG_SPACE(12))
             assert milter.accepts()
-            assert (data, struct.unpack("3i", ancillary[0][2])[0]) == (b"READY=1", milter.pid)
+            assert (data.split(b"\n")[0], struct.unpack("3i", ancillary[0][2])[0]) == (b"READY=1", milter.pid)
         finally:
             assert milter.stop() == 0  # so that a stop is no failure

@@ -285,7 +285,7 @@ def test_a_hanging_lsof_costs_a_bounded_time_and_few_processes(sudoers: Any, wra
                 assert bob.send(milter) == ["550 5.7.1 User mst-bob is blocked from sending mail"]
                 assert time.monotonic() - began < 60
             assert len(wrapper.calls()) == len(running(wrapper)) == ms.LSOF_PROCESSES
-        assert milter.lines("lookup=timeout") and milter.lines("lookup=busy")
+        assert len(milter.lines("lookup=timeout")) == ms.LSOF_PROCESSES and milter.lines("lookup=busy")
     finally:
         pathlib.Path(hanging + ".well").touch()
         for pid in running(wrapper):

@@ -268,7 +268,7 @@ def test_nothing_costs_a_round_trip_but_connect_and_the_end_of_the_message(wire:
     """Steps that are not needed are not sent, the others are not answered; the server's port is asked for."""
     unwanted = {command for command, (bit, _) in mta.STEPS.items() if wire.protocol & bit}
     silent = {command for command, (_, bit) in mta.STEPS.items() if wire.protocol & bit}
-    assert {"H", "T", "N", "B", "U"} <= unwanted
+    assert {"H", "N", "B", "U"} <= unwanted
     assert set(mta.STEPS) - unwanted - silent == {"C", "E"}
     assert wire.symlist == {0: "{daemon_addr} {daemon_port}"}
     assert wire.actions & 0x131 == 0x131  # add and change headers, quarantine, choose macros
