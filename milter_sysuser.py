@@ -155,7 +155,6 @@ FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
 BLOCKED_ACTIONS = ("reject", "tempfail", "quarantine", "log")
 UNIDENTIFIED_ACTIONS = ("accept", "tempfail", "quarantine", "reject")
 REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
-UNIDENTIFIED = "Sender process could not be identified"
 # Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
 OUR_FAULTS = {"busy", "error", "no-helper", "not-permitted", "timeout"}
 ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
@@ -421,10 +420,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 return refusal(reason, suspect.name or suspect.uid)
         if sender.account is None:
             return unidentified(sender.why)
-        if allowed and not is_listed(sender.account, allowed):
-            return Verdict("tempfail", "unidentified", UNIDENTIFIED)  # NSS has not said who he is
-        if unidentified_action != "accept" and may_be_listed(sender.account, blocked):
-            return unidentified("error")
+        # What NSS has not said may be that he is blocked, or not allowed.
+        unsure = may_be_listed(sender.account, blocked) and unidentified_action != "accept"
+        if unsure or (allowed and not is_listed(sender.account, allowed)):
+            return unidentified("error", "tempfail")
         return self.limits.verdict(sender.account, self.recipients) or passed()
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
@@ -667,16 +666,21 @@ class KernelLookup:
                 return None
             interface, client_end = self.find_on_any_device(client, server)
         mta_end = self.find(server, client, interface)
+        why = ""
         if client_end is None and mta_end and mta_end.inode:
-            dialled = self.dialled(mta_end)
-            if isinstance(dialled, str):
-                return ClientSocket(None, dialled)
-            interface, client_end = self.find_on_any_device(client, dialled)
-        why = why_no_owner(client_end, mta_end)
+            interface, client_end, why = self.find_redirected(client, mta_end)
+        why = why or why_no_owner(client_end, mta_end)
         if why or client_end is None or mta_end is None:
             return ClientSocket(None, why)
         return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                             client, server, interface, mta_end.read)
+
+    def find_redirected(self, client: Endpoint, mta_end: Diag) -> tuple[int, Optional[Diag], str]:
+        """Ask for the client's end by what it dialled before a NAT rule changed that; or say why not."""
+        dialled = self.dialled(mta_end)
+        if isinstance(dialled, str):
+            return 0, None, dialled
+        return (*self.find_on_any_device(client, dialled), "")
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
@@ -1000,16 +1004,22 @@ def look_up_account(uid: int, last: Optional[Account], changed: bool) -> Account
     account, delegates = account_of(uid, uid), delegated_to(uid)
     if delegates and (account.name or len(delegates) > 1):
         return account._replace(why="error")
-    if delegates and delegates[0].isdigit():
-        account = account_of(uid, int(delegates[0]))
-    elif delegates:
-        entry = account_by_name(delegates[0])
-        unsure = said_by_subuid(account._replace(answered=False))
-        account = account_of(uid, entry.pw_uid) if entry else unsure
+    if delegates:
+        account = account_of_delegate(account, delegates[0])
     if last and last.name and (account.name is None or account.why):
         # NSS is down, or a file shows that the account is gone: neither unblocks its groups.
         return account._replace(gids=last.gids) if changed else last
     return account
+
+
+def account_of_delegate(account: Account, delegate: str) -> Account:
+    """Ask NSS for the account, by name or number, that a uid without an account is delegated to."""
+    if delegate.isdigit():
+        return account_of(account.kernel_uid, int(delegate))
+    entry = account_by_name(delegate)
+    if entry is None:
+        return said_by_subuid(account._replace(answered=False))
+    return account_of(account.kernel_uid, entry.pw_uid)
 
 
 def account_of(kernel_uid: int, uid: int) -> Account:
@@ -1114,33 +1124,33 @@ class UserList:
 
     def _make(self) -> Entries:
         uids, names, gids, unresolved = set(), set(), set(), set()
-        for entry in self.listed:
-            is_number = whole(entry) or entry.isdigit()
-            if is_number:
+        for entry in map(str, self.listed):
+            if entry.isdigit():
                 uids.add(int(entry))
-                names.add(str(entry))  # which a user can be called, too
-            if isinstance(entry, int) or (is_number and len(self.listed) > MOST_WARNED):
+                names.add(entry)  # a user can be called that, too
                 continue
             group = entry.startswith("@")
             function, name = (look_up_group, entry[1:]) if group else (look_up_name, entry)
             wait = max(0.0, self.read_at + FIRST_SECONDS - time.monotonic())
             number, answered = self.directory.ask(function, name, wait, 0.0)
-            if number is not None:
-                (gids if group else uids).add(number)
-            if not group:
-                names.add(entry)
-            if number is None and not is_number:
-                unresolved.add(entry)
-            if answered and (number is None) != is_number:
-                self._warn(entry, is_number)
+            (gids if group else uids).update(() if number is None else (number,))
+            (unresolved if number is None else set()).add(entry)
+            names.update(() if group else (entry,))
+            if answered and number is None:
+                self.warn(entry, "is not found; it is looked for again every minute")
         return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
 
-    def _warn(self, entry: str, is_number: bool) -> None:
+    def warn(self, entry: str, what: str) -> None:
+        """Log something about an entry, once."""
         if entry not in self.warned:
             self.warned.add(entry)
-            what = "a uid, and also the name of a user: both are meant" if is_number else \
-                "not found; it is looked for again every minute"
-            say(WARNING, f"{self.setting}: {quote(entry)} is {what}")
+            say(WARNING, f"{self.setting}: {quote(entry)} {what}")
+
+    def warn_of_doubles(self) -> None:
+        """Say of digits in quotes that there is a user of that name, too."""
+        for entry in self.listed[:MOST_WARNED]:
+            if isinstance(entry, str) and entry.isdigit() and account_by_name(entry):
+                self.warn(entry, "is a uid and also the name of a user; both are meant")
 
     def _reread(self, path: str) -> None:
         state, listed, problem = state_of(path), self.listed, ""
@@ -1284,12 +1294,17 @@ def refusal(reason: str, user: Any) -> Verdict:
     return Verdict(blocked_action, reason, f"User {quote(user)} is blocked from sending mail")
 
 
-def unidentified(why: str) -> Verdict:
-    """Do what unidentified_action says, but refuse nothing for good where the fault is ours."""
-    if unidentified_action == "accept":
+def unidentified(why: str, accept: str = "accept") -> Verdict:
+    """Do what unidentified_action says, but refuse nothing for good where the fault is ours.
+
+    accept: what to do where it says that.
+    """
+    action = accept if unidentified_action == "accept" else unidentified_action
+    if action == "accept":
         return passed()
-    ours = unidentified_action == "reject" and why in OUR_FAULTS
-    return Verdict("tempfail" if ours else unidentified_action, "unidentified", UNIDENTIFIED)
+    if action == "reject" and why in OUR_FAULTS:
+        action = "tempfail"
+    return Verdict(action, "unidentified", "Sender process could not be identified")
 
 
 # ------------------------------------------------------- description: which process has the socket
@@ -1390,17 +1405,14 @@ class Describer:
         say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
 
     def _ask_lsof(self, owner: ClientSocket) -> Facts:
-        deadline, own, others = time.monotonic() + LSOF_SECONDS, [], []
-        for pid in psutil.pids():
-            (own if owner_of(pid) == owner.uid else others).append(pid)
-        pids = own + (others if owner.uid == 0 else [])  # root's sockets go to others
+        deadline, pids = time.monotonic() + LSOF_SECONDS, lsof_candidates(owner.uid)
         if not pids:  # an empty list would mean every process
             return {"why": "not-found"}
         if owner.uid == 0 and len(pids) > LSOF_PIDS:  # a stranger may be among those left out
             return {"why": "busy"}
         with self.lock:
-            for lsof in [one for one in self.hanging if one.poll() is not None]:
-                self.hanging.remove(lsof)
+            for ended in [one for one in self.hanging if one.poll() is not None]:
+                self.hanging.remove(ended)
                 self.places.release()
             stuck = len(self.hanging) == LSOF_PROCESSES
         if stuck or not self.places.acquire(timeout=LSOF_SECONDS):
@@ -1776,6 +1788,14 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
         os.close(directory)
 
 
+def lsof_candidates(uid: Optional[int]) -> list[int]:
+    """List the processes lsof is asked about: the owner's; for root's sockets, which go to others, all."""
+    own, others = [], []
+    for pid in psutil.pids():
+        (own if owner_of(pid) == uid else others).append(pid)
+    return own + (others if uid == 0 else [])
+
+
 def known_processes(pids: Iterable[int]) -> dict[int, psutil.Process]:
     """Take hold of processes, so that another that gets the number of one is noticed."""
     processes = {}
@@ -1864,21 +1884,26 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        where, problem = f"{path}, line {number}", ""
-        name, equals, text = (part.strip() for part in line.partition("="))
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            problem = "must be a plain value on one line: a text, a number, None, a list or a mapping"
-        if not equals or name not in DEFAULTS or name == "settings_file":
-            problem = "must be name = value, with the name of a setting (and not of this file)"
-        elif sources[name] != "the script":
+        where = f"{path}, line {number}"
+        name, value, problem = read_setting(line)
+        if not problem and sources[name] != "the script":
             problem = f"is there twice, see {sources[name]}"
         if problem:
             problems.append(f"{where}: {line.strip()!r}: {problem}")
         else:
             values[name], sources[name] = value, where
     return sources, problems
+
+
+def read_setting(line: str) -> tuple[str, Any, str]:
+    """Read a line of settings_file as Python reads plain values, never executed; or say what is wrong."""
+    name, equals, text = (part.strip() for part in line.partition("="))
+    if not equals or name not in DEFAULTS or name == "settings_file":
+        return name, None, "must be name = value, with the name of a setting (and not of this file)"
+    try:
+        return name, ast.literal_eval(text), ""
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return name, None, "must be a plain value on one line: a text, a number, None, a list or a mapping"
 
 
 def settings_problems(values: dict[str, Any]) -> Iterator[str]:
@@ -1904,7 +1929,8 @@ def settings_problems(values: dict[str, Any]) -> Iterator[str]:
 
 def socket_problem(path: Any, run_as: Any) -> str:
     """Check the socket's path and directory."""
-    if not isinstance(path, str) or not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 107:
+    well = isinstance(path, str) and path.startswith("/") and path.isprintable()
+    if not well or len(os.fsencode(path)) > 107:
         return "must be an absolute path of at most 107 bytes, all printable"
     if "LISTEN_FDS" in os.environ:
         return ""  # the service manager has the socket
@@ -1913,11 +1939,14 @@ def socket_problem(path: Any, run_as: Any) -> str:
         return f"there is no directory {directory}"
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         return "there is something at that path that is not a socket"
-    status = os.stat(directory)
-    if user is None or user.pw_uid == 0:
-        return ""
-    shift = 6 if status.st_uid == user.pw_uid else 3 if status.st_gid == user.pw_gid else 0
-    return "" if status.st_mode >> shift & 3 == 3 else f"user {user.pw_name} may not write to {directory}"
+    writable = user is None or may_write(os.stat(directory), user)
+    return "" if writable else f"user {run_as} may not write to {directory}"
+
+
+def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
+    """Tell whether a user, without further groups, may make files in a directory."""
+    shift = 6 if directory.st_uid == user.pw_uid else 3 if directory.st_gid == user.pw_gid else 0
+    return user.pw_uid == 0 or directory.st_mode >> shift & 3 == 3
 
 
 def user_problem(run_as: Any) -> str:
@@ -1963,17 +1992,22 @@ def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((name, problem) for problem in entry_problems(map(unquoted, values[name])))
         elif values[name] is not None or name == "blocked_mailusers":
             yield name, 'must be a list, like ["bob"]'
-    command, limits = values["lsof_command"], values["hourly_limits"]
+    command = values["lsof_command"]
     if not isinstance(command, list) or not all(isinstance(w, str) and w and "\0" not in w for w in command):
         yield "lsof_command", "must be a list of words, or []"
+    yield from (("hourly_limits", problem) for problem in limits_problems(values["hourly_limits"]))
+
+
+def limits_problems(limits: Any) -> Iterator[str]:
+    """Check hourly_limits."""
     if not isinstance(limits, dict):
-        yield "hourly_limits", 'must be like {"*": 200, "root": None}'
+        yield 'must be like {"*": 200, "root": None}'
         return
     for key, limit in limits.items():
         if key != "*" and not whole(key) and account_by_name(key) is None:
-            yield "hourly_limits", f"there is no user {key!r}"
+            yield f"there is no user {key!r}"
         if limit is not None and not whole(limit):
-            yield "hourly_limits", f"{key!r}: a limit is a whole number of recipients, or None"
+            yield f"{key!r}: a limit is a whole number of recipients, or None"
 
 
 # ---------------------------------------------------------------------------------------- --check
@@ -2057,21 +2091,26 @@ def check_postfix() -> None:
 
 def check_smtpd_milters(settings: dict[str, str]) -> None:
     """Look whether smtpd_milters names this socket, once, and so that a chrooted smtpd finds it."""
-    spool, problem, named = settings.get("queue_directory", "/"), "it does not", False
+    spool, problem = settings.get("queue_directory", "/"), "it does not"
     for name, value in settings.items():
         if name.split("/")[-1] == "smtpd_milters":
             paths = re.findall(r"unix:([^\s,{}]+)", value)
             ours = [path for path in paths if os.path.join(spool, path) == socketname]
-            named = named or bool(ours)
-            if len(ours) > 1:
-                problem = "twice"
-            elif ours and ours[0].startswith("/") and any(map(is_chrooted_smtpd, postconf("-M")[0])):
-                problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf"
-    mapped = settings.get("smtpd_milter_maps")
+            problem = milters_problem(ours, spool) if ours else problem
+    mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
     line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
-    cure = f"postconf -e '{line}', beside what is there now"
-    report("Postfix: smtpd_milters names this socket", "" if named and problem == "it does not" else problem,
-           f"look whether smtpd_milter_maps does: {mapped}" if mapped and not named else cure)
+    report("Postfix: smtpd_milters names this socket", problem,
+           f"look whether smtpd_milter_maps does: {mapped}" if mapped else
+           f"postconf -e '{line}', beside what is there now")
+
+
+def milters_problem(paths: list[str], spool: str) -> str:
+    """Say what is wrong with the way smtpd_milters names this socket, or ""."""
+    if len(paths) > 1:
+        return "twice"
+    if paths[0].startswith("/") and any(map(is_chrooted_smtpd, postconf("-M")[0])):
+        return f"by its whole path, but smtpd is chrooted to {spool} in master.cf"
+    return ""
 
 
 def is_chrooted_smtpd(service: str) -> bool:
@@ -2111,16 +2150,21 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     if stranger is None:
         report("users and programs of others", "not tried, no other user has a connection now",
                "run this as root" + (", with CAP_SETUID" if privileged else ""))
-    if owner and channel:
+    if channel is None:
+        check_without_helper(owner)
+    elif owner:
         check_program("programs: the helper", Describer(channel, False), owner, HELPER_CURE)
-    elif not channel:
-        problem = why_no_lsof()
-        if owner and not problem:
-            check_program("programs: sudo lsof", Describer(None, True), owner, LSOF_CURE)
-        else:
-            report("programs: sudo lsof", problem, LSOF_CURE)
-        report("programs: the helper", "not there; whoever a firewall redirects to the MTA stays unknown, "
-               "and root, too, where sudo lsof is not there either", HELPER_CURE)
+
+
+def check_without_helper(owner: Optional[ClientSocket]) -> None:
+    """Try sudo lsof, and say what only the helper can do."""
+    problem = why_no_lsof()
+    if owner and not problem:
+        check_program("programs: sudo lsof", Describer(None, True), owner, LSOF_CURE)
+    else:
+        report("programs: sudo lsof", problem, LSOF_CURE)
+    report("programs: the helper", "not there; whoever a firewall redirects to the MTA stays unknown, "
+           "and root, too, where sudo lsof is not there either", HELPER_CURE)
 
 
 def check_owner(lookup: KernelLookup, stranger: tuple[Endpoint, Endpoint, int]) -> Optional[ClientSocket]:
@@ -2275,21 +2319,27 @@ def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
         "the helper without the privilege to see other users' processes")
     ways = f"version {VERSION}: users from {lookup.name}; programs through {programs}"
     say(INFO, ways)
-    shared, directory = SysuserMilter, Directory()
-    shared.lookup, shared.directory, shared.describer = lookup, directory, Describer(channel, by_lsof)
-    shared.limits = Limits(hourly_limits)
+    SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(channel, by_lsof)
+    prepare_policy(Directory())
+    return ways
+
+
+def prepare_policy(directory: Directory) -> None:
+    """Set up the lists and limits that sessions share."""
+    shared = SysuserMilter
+    shared.directory, shared.limits = directory, Limits(hourly_limits)
     shared.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
                               os.geteuid())
-    shared.blocked.now()
-    if shared.blocked.problem:  # root could read it, run_as_user cannot
-        end(EX_CONFIG)
     if allowed_mailusers is not None:
         shared.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
-        shared.allowed.now()
-    if unidentified_action == "accept" and (
-            blocked_mailusers or blocked_mailusers_file or hourly_limits or shared.allowed):
+    for users in filter(None, (shared.blocked, shared.allowed)):
+        users.now()
+        users.warn_of_doubles()
+    if shared.blocked.problem:  # root could read the file, run_as_user cannot
+        end(EX_CONFIG)
+    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or shared.allowed
+    if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
-    return ways
 
 
 def run() -> NoReturn:
