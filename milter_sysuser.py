@@ -955,7 +955,8 @@ class Directory:
             if event is None:
                 event = self.asked[question] = threading.Event()
                 self.questions.put(question)
-        if not event.wait((again if is_first else 0.0) if known else first) and not known:
+        answered = event.wait((again if is_first else 0.0) if known else first)
+        if not answered and not known and function is look_up_account:
             with self.lock:  # nobody waits: a flood of uids that are new holds up no others
                 self.asked.pop(question, None)
         answer, _, latest = self.answers.get(question, (answer, now, then))
@@ -1111,11 +1112,17 @@ class UserList:
         self.warned: set[str] = set()
 
     def now(self) -> Entries:
-        """Give the list as it is now. For names that NSS has not been asked about yet this waits, 3 s at most."""
+        """Give the list as it is now.
+
+        For names that are new, or older than a change of a file of accounts, this waits, 3 s at most.
+        """
         with self.lock:
             if self.path:
                 self._reread(self.path)
-            made_of = self.listed, self.directory.changes
+            files = state_of_files()
+            if self.made_of and files != self.made_of[-1]:
+                self.read_at = time.monotonic()  # what is listed may be somebody else's now
+            made_of = self.listed, self.directory.changes, files
             old = time.monotonic() - self.made_at > REFRESH_SECONDS
             if old or made_of != self.made_of:
                 self.made_of, self.made_at = made_of, time.monotonic()
@@ -2320,18 +2327,18 @@ def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
     ways = f"version {VERSION}: users from {lookup.name}; programs through {programs}"
     say(INFO, ways)
     SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(channel, by_lsof)
-    prepare_policy(Directory())
+    prepare_policy()
     return ways
 
 
-def prepare_policy(directory: Directory) -> None:
+def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
-    shared = SysuserMilter
-    shared.directory, shared.limits = directory, Limits(hourly_limits)
-    shared.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
+    shared, lists = SysuserMilter, Directory()  # no flood of senders pushes a list's answers out of memory
+    shared.directory, shared.limits = Directory(), Limits(hourly_limits)
+    shared.blocked = UserList(lists, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
                               os.geteuid())
     if allowed_mailusers is not None:
-        shared.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
+        shared.allowed = UserList(lists, "allowed_mailusers", allowed_mailusers)
     for users in filter(None, (shared.blocked, shared.allowed)):
         users.now()
         users.warn_of_doubles()
