@@ -290,7 +290,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.sender, self.recipients, self.queue_id = sender, 0, None
         self.forged, self.hidden, self.account = [], False, None
         if self.owner and self.owner.uid is not None:
-            self.confirm(self.owner)
+            with contextlib.suppress(OSError, psutil.Error):  # at the end it is asked again
+                self.confirm(self.owner)
             if self.facts is None:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid)
@@ -957,6 +958,7 @@ class Directory:
                 self.questions.put(question)
         answered = event.wait((again if is_first else 0.0) if known else first)
         if not answered and not known and function is look_up_account:
+            complain("the directory service (NSS) is slow: users who are new here are given by number")
             with self.lock:  # nobody waits: a flood of uids that are new holds up no others
                 self.asked.pop(question, None)
         answer, _, latest = self.answers.get(question, (answer, now, then))

@@ -85,6 +85,16 @@ def test_every_wrong_setting_is_one_line_naming_setting_value_and_rule(batch: di
     assert len(lines) == len(batch), lines
 
 
+def test_the_settings_stand_in_the_script_as_delivered() -> None:
+    """What --check compares them with is what the block says, in its order; each has its four parts."""
+    block = mta.SCRIPT.read_text().partition("= settings\n")[2].partition("= end of settings")[0]
+    delivered = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(block).body}
+    script = ast.parse(mta.SCRIPT.read_text())
+    (defaults,) = [node.value for node in script.body if isinstance(node, ast.AnnAssign) and node.target.id == "DEFAULTS"]
+    assert ast.literal_eval(defaults) == delivered and list(ast.literal_eval(defaults)) == list(delivered)
+    assert not [text for text in block.split("\n\n")[1:] if "The trap:" not in text or "Example:" not in text.replace("\n#", "")]
+
+
 def test_several_wrong_entries_of_one_list_are_each_named(make_milter: Callable) -> None:
     """The administrator mends them in one go."""
     lines = problems(make_milter(blocked_mailusers=["root", "a:b", 7, True], hourly_limits={"*": -1, "nope!": 1}))
