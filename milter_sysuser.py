@@ -186,6 +186,7 @@ RTM_GETROUTE, RTA_DST, RTN_LOCAL = 26, 1, 2
 TCPI_BYTES_RECEIVED = 128  # offset in struct tcp_info, since Linux 4.1
 # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
+STATES_MASK = sum(1 << state for state in STATES)
 LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
 # What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
 NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
@@ -196,7 +197,8 @@ PIDFD_OPEN, PIDFD_GETFD = 434, 438
 # user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
 OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
 # linux/capability.h, prctl.h, exportfs.h; malloc.h of glibc
-CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19  # both, to see what other users' processes have open
+CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19
+CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
 FILEID_KERNFS, M_ARENA_MAX = 0xFE, -8
@@ -407,25 +409,21 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def judge(self, sender: Sender) -> Verdict:
         """Say what becomes of the message."""
-        if len(self.forged) > MOST_FORGED:
-            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
-        if self.hidden:
-            return Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
+        forged = f"More than {MOST_FORGED} {header_name} headers" if len(self.forged) > MOST_FORGED else (
+            f"A {header_name} header behind a bare CR" if self.hidden else "")
+        if forged:
+            return Verdict("reject", "forged", forged)
         if self.owner is None:
             return Verdict("pass")
         blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
-        suspects = [sender.account] if sender.account else [sender.maybe, sender.holder]
-        for suspect in filter(None, suspects):
+        for suspect in filter(None, (sender.account, sender.maybe, None if sender.account else sender.holder)):
             reason = why_refused(suspect, blocked, allowed)
             if reason:
                 return refusal(reason, suspect.name or suspect.uid)
         if sender.account is None:
             return unidentified(sender.why)
-        # What NSS has not said may be that he is blocked, or not allowed.
-        unsure = may_be_listed(sender.account, blocked) and unidentified_action != "accept"
-        if unsure or (allowed and not is_listed(sender.account, allowed)):
-            return unidentified("error", "tempfail")
-        return self.limits.verdict(sender.account, self.recipients) or passed()
+        unsure = why_unsure(sender.account, blocked, allowed)
+        return unsure or self.limits.verdict(sender.account, self.recipients) or passed()
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""
@@ -659,20 +657,21 @@ class KernelLookup:
         """
         if server is None or not server.port or not any(server.address):
             server = self.server_end(client, server.port if server else 0)
+        interface, client_end = LOOPBACK, server and self.find(client, server, LOOPBACK)
+        if client_end is None and not self.is_local(client.address):
+            return None
         if server is None:
-            return ClientSocket(None, "closed") if self.is_local(client.address) else None
-        interface, client_end = LOOPBACK, self.find(client, server, LOOPBACK)
+            return ClientSocket(None, "closed")
         if client_end is None:
-            if not self.is_local(client.address):
-                return None
             interface, client_end = self.find_on_any_device(client, server)
         mta_end = self.find(server, client, interface)
-        why = ""
         if client_end is None and mta_end and mta_end.inode:
             interface, client_end, why = self.find_redirected(client, mta_end)
-        why = why or why_no_owner(client_end, mta_end)
-        if why or client_end is None or mta_end is None:
+        else:
+            why = why_no_owner(client_end, mta_end)
+        if client_end is None or why:
             return ClientSocket(None, why)
+        assert mta_end  # else "why" says so
         return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                             client, server, interface, mta_end.read)
 
@@ -681,7 +680,8 @@ class KernelLookup:
         dialled = self.dialled(mta_end)
         if isinstance(dialled, str):
             return 0, None, dialled
-        return (*self.find_on_any_device(client, dialled), "")
+        interface, client_end = self.find_on_any_device(client, dialled)
+        return interface, client_end, why_no_owner(client_end, mta_end)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
@@ -787,9 +787,8 @@ def checked(result: int) -> int:
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
     """Build a struct inet_diag_req_v2 for one socket, given by both ends."""
     family = socket.AF_INET6 if len(source.address or destination.address) == 16 else socket.AF_INET
-    states = sum(1 << state for state in STATES)
     return struct.pack("=BBBBI2s2s16s16sIQ", family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0,
-                       states, source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+                       STATES_MASK, source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
                        source.address, destination.address, interface, ANY_COOKIE)
 
 
@@ -899,6 +898,12 @@ def mapped_uids() -> int:
             return sum(int(line.split()[2]) for line in file)
     except FileNotFoundError:  # a kernel without user namespaces
         return ALL_UIDS
+
+
+def too_few_uids() -> str:
+    """Say that this user namespace is of no use to us, or ""."""
+    few = "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
+    return few if mapped_uids() < ENOUGH_UIDS else ""
 
 
 def why_not_root(port: int, facts: Facts) -> str:
@@ -1199,6 +1204,13 @@ def why_refused(account: Account, blocked: Entries, allowed: Optional[Entries]) 
     return "not-allowed" if allowed and not may_be_listed(account, allowed) else ""
 
 
+def why_unsure(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
+    """Say what to do while NSS has not said that a user is not blocked, and allowed; None if it has."""
+    if allowed and not is_listed(account, allowed):
+        return unidentified("error", "tempfail")
+    return unidentified("error") if may_be_listed(account, blocked) and unidentified_action != "accept" else None
+
+
 def whole(value: Any) -> bool:
     """Tell whether it is a whole number that is not negative; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -1459,7 +1471,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
         if LINUX:
             LIBC.prctl(PR_SET_KEEPCAPS, 1)
         become(user)
-        set_capabilities((CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH))
+        set_capabilities(CAPS_TO_SEE_OTHERS)
         if LINUX:
             LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the uid would forget this
@@ -1568,8 +1580,7 @@ class Finder:
         for pid, table in self.tables_by_likelihood(recent):
             link = self.link_to_target(pid, table)
             if link:
-                others = [old for old in recent if old != pid]
-                remember(self.recent, self.uid, [pid] + others[:7])
+                remember(self.recent, self.uid, list(dict.fromkeys([pid] + recent))[:8])
                 return pid, link
         return None
 
@@ -1882,9 +1893,9 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
     path, sources, problems = values["settings_file"], dict.fromkeys(DEFAULTS, "the script"), []
     if path is None:
         return sources, problems
-    if not isinstance(path, str) or not path.startswith("/"):
-        return sources, [f"settings_file = {path!r}: must be an absolute path, or None"]
     try:
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise ValueError("must be an absolute path, or None")
         lines = read_trusted(path, os.geteuid()).split("\n")
     except FileNotFoundError:
         return sources, problems
@@ -2001,10 +2012,14 @@ def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((name, problem) for problem in entry_problems(map(unquoted, values[name])))
         elif values[name] is not None or name == "blocked_mailusers":
             yield name, 'must be a list, like ["bob"]'
-    command = values["lsof_command"]
-    if not isinstance(command, list) or not all(isinstance(w, str) and w and "\0" not in w for w in command):
-        yield "lsof_command", "must be a list of words, or []"
+    yield "lsof_command", command_problem(values["lsof_command"])
     yield from (("hourly_limits", problem) for problem in limits_problems(values["hourly_limits"]))
+
+
+def command_problem(command: Any) -> str:
+    """Check lsof_command."""
+    well = isinstance(command, list) and all(isinstance(word, str) and word and "\0" not in word for word in command)
+    return "" if well else "must be a list of words, or []"
 
 
 def limits_problems(limits: Any) -> Iterator[str]:
@@ -2142,16 +2157,16 @@ def may_be_local(hosts: str) -> bool:
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Try each way of looking up, in the uid the milter will have, on another user's connection."""
     lookup, problem = choose_lookup(lambda mta_end: "redirected")
-    if mapped_uids() < ENOUGH_UIDS:
-        problem = "this user namespace maps too few uids to tell users apart"
+    problem = too_few_uids() or problem
     report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
-    if problem or not isinstance(lookup, KernelLookup):
+    if problem:
         return
+    assert isinstance(lookup, KernelLookup)
     stranger = stranger_connection(lookup)
     privileged = os.geteuid() == 0 or sees_others()
     channel = fork_helper(user) if privileged else None
     become(user)
-    set_capabilities(())
+    set_capabilities(0)
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
@@ -2243,9 +2258,9 @@ def stranger_connection(lookup: KernelLookup) -> Optional[tuple[Endpoint, Endpoi
 
 
 # ------------------------------------------------------------------------------- privilege, start
-def set_capabilities(wanted: Iterable[int]) -> None:
-    """Keep, of the capabilities this process has, only those named; OSError if the kernel refuses."""
-    mask = sum(1 << number for number in wanted) & capabilities()
+def set_capabilities(wanted: int) -> None:
+    """Keep, of the capabilities this process has, only those of a mask; OSError if the kernel refuses."""
+    mask = wanted & capabilities()
     header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
     # struct __user_cap_data_struct: effective, permitted, inheritable; then the same above 31
     if LINUX and LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
@@ -2261,8 +2276,7 @@ def capabilities() -> int:
 
 def sees_others() -> bool:
     """Tell whether this process may see what files other users' processes have open."""
-    needed = 1 << CAP_SYS_PTRACE | 1 << CAP_DAC_READ_SEARCH
-    return capabilities() & needed == needed
+    return capabilities() & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
 
 
 def become(user: Optional[pwd.struct_passwd]) -> None:
@@ -2296,8 +2310,8 @@ def handed_over() -> str:
 
 def start_problem() -> str:
     """Say why the milter cannot start here although its settings are well, or ""."""
-    if mapped_uids() < ENOUGH_UIDS:
-        return "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
+    if too_few_uids():
+        return too_few_uids()
     try:
         if handed_over() or not os.path.lexists(socketname):
             return ""
@@ -2321,7 +2335,7 @@ def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
     channel = None if by_lsof and not privileged else fork_helper(user)
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
-        set_capabilities(())
+        set_capabilities(0)
     # Threads begin below, and none may take these: the main thread waits for them, see "run".
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     programs = "the helper" if privileged else "sudo lsof" if channel is None else (
