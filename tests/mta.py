@@ -31,6 +31,7 @@ import psutil
 
 PYTHON = "/usr/bin/python3"  # Debian's packages are this interpreter's, whichever comes first in PATH
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "milter_sysuser.py"
+README = SCRIPT.parent / "README.md"
 DOMAIN = "example.org"  # the one domain that a test instance delivers
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PORTS: set[int] = set()  # that free_port() has given; who asked for several binds none before he has all
@@ -728,6 +729,17 @@ sys.exit(0 if ok else 1)
 def smtp(port: int, *options: str) -> list[str]:
     """Give the command that runs SMTP_CLIENT, for as_user or run_as; it prints every reply's last line."""
     return [PYTHON, "-c", SMTP_CLIENT, str(port), *options]
+
+
+# --- the README -----------------------------------------------------------------------------------------------
+
+def recipe(heading: str) -> list[str]:
+    """Give the code blocks of a recipe in the README, each without its indent."""
+    text = README.read_text().partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    found = dict(re.findall(r"^### (.*)\n((?:(?!### ).*\n?)*)", text, re.M))
+    assert heading in found, f"README.md has no recipe {heading!r}, only {sorted(found)}"
+    blocks = re.findall(r"(?:^|(?<=\n\n))(?: {4}.*\n|\n(?= {4}))+", found[heading])
+    return [re.sub(r"^ {4}", "", block, flags=re.M) for block in blocks]
 
 
 # --- tests/try ------------------------------------------------------------------------------------------------

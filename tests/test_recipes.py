@@ -4,37 +4,32 @@
 from __future__ import annotations
 
 import ast
+import collections
 import os
 import pathlib
+import random
 import re
+import shutil
 import subprocess
 import tempfile
 import types
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import pytest
 
 import mta
+from mta import recipe
 
-README = mta.SCRIPT.parent / "README.md"
 HEADER = "X-Sender-Process-Info"
 # Stands in for journald: the milter's log, less the levels that journald takes off; Postfix's log for the other tag.
 JOURNALCTL = r"""#!/bin/sh
 case "$*" in
-    "-u milter_sysuser -o cat" | "-u milter_sysuser -o cat --since today") exec sed 's/^<[0-9]>//' "$MILTER_LOG" ;;
+    "-u milter_sysuser -o cat" | "-u milter_sysuser -o cat --since today" | \
+    "-u milter_sysuser -o cat --since 1 hour ago") exec sed 's/^<[0-9]>//' "$MILTER_LOG" ;;
     "-t postfix/pickup _UID=$(id -u postfix) -o cat") exec sed -n 's/^.* postfix\/pickup\[[0-9]*\]: //p' "$POSTFIX_LOG" ;;
     *) echo "journalctl $*: what is that?" >&2; exit 2 ;;
 esac
 """
-
-
-def recipe(heading: str) -> list[str]:
-    """Give the code blocks of a recipe in the README, each without its indent."""
-    text = README.read_text().partition("\n## Recipes\n")[2].partition("\n## ")[0]
-    found = dict(re.findall(r"^### (.*)\n((?:(?!### ).*\n?)*)", text, re.M))
-    assert heading in found, f"README.md has no recipe {heading!r}, only {sorted(found)}"
-    blocks = re.findall(r"(?:^|(?<=\n\n))(?: {4}.*\n|\n(?= {4}))+", found[heading])
-    return [re.sub(r"^ {4}", "", block, flags=re.M) for block in blocks]
 
 
 def setting(heading: str) -> dict[str, Any]:
@@ -73,10 +68,11 @@ def make_logged(make_mail: Callable) -> Callable[..., types.SimpleNamespace]:
 
 
 def test_every_recipe_is_tested() -> None:
-    """There is none in the README that this file does not run."""
-    text = README.read_text().partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    """There is none in the README that this file or test_site.py does not run."""
+    text = mta.README.read_text().partition("\n## Recipes\n")[2].partition("\n## ")[0]
     headings = re.findall(r"^### (.*)", text, re.M)
-    assert headings and not [heading for heading in headings if f'"{heading}"' not in pathlib.Path(__file__).read_text()]
+    tests = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    assert headings and not [heading for heading in headings if f'"{heading}"' not in tests]
 
 
 def test_the_sender_of_a_queue_id_is_found(make_logged: Callable, administrator: Callable, users: types.SimpleNamespace) -> None:
@@ -98,14 +94,135 @@ def test_a_file_serves_in_the_place_of_the_journal(make_mail: Callable, administ
     said = mta.run_as("mst-bob", mta.smtp(mail.postfix.port, "--mail-from", '" INFO 4FAKE: client="@example.org')).stdout
     queue_id = re.search(r"queued as (\w+)", said)[1]
     mail.milter.wait_lines("action=", 1)
-    instead = re.search(r"`(sed [^`]* FILE)` in the place", README.read_text())[1].replace("FILE", '"$MILTER_LOG"')
+    instead = re.search(r"`(sed [^`]* FILE)` in the place", mta.README.read_text())[1].replace("FILE", '"$MILTER_LOG"')
     commands = recipe("Find who sent a message")[0].replace("journalctl -u milter_sysuser -o cat", instead)
     answer = administrator(mail, commands, queue_id=queue_id)
     assert answer.count("\n") == 1 and answer.startswith(f"{queue_id}: client=") and " user=mst-bob " in answer
 
 
-def test_the_top_senders_are_counted(make_logged: Callable, administrator: Callable, users: types.SimpleNamespace) -> None:
-    """By recipients; an address that looks like a field counts for nobody else; refused mail counts, remote does not."""
+# --- recipes that read the log: on the milter's own lines, and on thousands that the tests make ------------------
+
+FIELDS, TOP = "Read the log in a script", "List the top senders, directories and units of the day"
+REFUSED, BLOCK = "Mail root who was refused in the last hour", "Block whoever was refused ten times in an hour"
+METRICS = "Show messages and recipients in Prometheus"
+REFUSALS = "reject", "tempfail", "quarantine"
+
+
+class Line(NamedTuple):
+    """One message, as the milter logs it; values as they are, None where they are not known."""
+
+    user: Optional[str]
+    uid: Optional[int]
+    dir: Optional[str]
+    unit: Optional[str]
+    sender: str
+    rcpts: int
+    action: str
+    reason: str
+
+    def text(self, number: int) -> str:
+        """Write it as the log does."""
+        values = {"user": self.user, "uid": self.uid, "program": "php", "pid": 4711, "exe": "/usr/bin/php",
+                  "dir": self.dir, "unit": self.unit, "from": self.sender, "rcpts": self.rcpts,
+                  "action": self.action, **({"reason": self.reason} if self.reason else {})}
+        fields = " ".join(f"{name}={quoted(value)}" for name, value in values.items())
+        return f"4Z{number:06X}: client=127.0.0.1:{number % 50000 + 1024} {fields}"
+
+
+def quoted(value: Any) -> str:
+    r"""Write a value as the log does: bare, or in double quotes, where what is not printable, " and \ are \xNN."""
+    if value is None:
+        return "?"
+    if re.fullmatch(r"[A-Za-z0-9._+@/:-]+", str(value)):
+        return str(value)
+    data = str(value).encode()
+    return '"' + "".join(chr(b) if 0x20 <= b < 0x7F and b not in b'"\\' else f"\\x{b:02x}" for b in data) + '"'
+
+
+def made_log(lines: int = 3000) -> tuple[list[Line], str]:
+    """Make up messages of users who would rather be somebody else, and the log that has them and other lines."""
+    rng = random.Random(20)
+    users = {"alice": 1001, "bob": 1002, r"DOM\John Doe": 1003, r"DOM\John Roe": 1004, "www-data": 33,
+             'x" user=alice rcpts=9 action=reject ': 1005, "1006": 1006, "j\u00f6rg": 1007, None: None}
+    senders = ["a@example.org", "", "alice user=bob@example.org", '"@example.org', "b\\",
+               '" user=alice uid=1001 dir=/ rcpts=9999 action=reject reason=limit "@example.org',
+               'x" from=y rcpts=500 action=tempfail\n4ZFAKE: client=127.0.0.1:1 user=alice rcpts=70 action=tag']
+    places = ["/", "/home/a b", '/srv/" rcpts=7 action=reject user=alice', None, "/srv/shop7"]
+    units = ["php8.2-fpm.service", "session-3.scope", None, "user@1001.service"]
+    verdicts = [("tag", ""), ("tag", ""), ("reject", "blocked"), ("tempfail", "limit"), ("quarantine", "limit"),
+                ("log", "limit"), ("reject", "forged")]
+    made, text = [], ["milter_sysuser 2.0 started", "WARNING: user=alice is over the limit rcpts=5 action=reject"]
+    for number in range(lines):
+        user = rng.choice([*users, "alice"])
+        made.append(Line(user, users[user], rng.choice(places), rng.choice(units), rng.choice(senders),
+                         rng.randint(1, 60), *rng.choice(verdicts if user != "bob" else verdicts[:3])))
+        text.append(made[-1].text(number))
+        if number % 50 == 0:
+            sender = quoted(rng.choice(senders))
+            text.append(f"4Y{number:06X}: client=192.0.2.7:4711 from={sender} rcpts=50 action=pass")
+        if number % 70 == 0:
+            text.append("4ZTEST: user=alice is over four fifths of the limit, rcpts=9 action=tempfail reason=limit")
+    return made, "".join(f"<6>{line}\n" for line in text)
+
+
+@pytest.fixture(params=["mawk", "gawk"])
+def reader(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[..., str]:
+    """Run commands of the README on a log, with one of Debian's two awks; what they install is in tmp_path."""
+    if not (awk := shutil.which(request.param, path=mta.SYSTEM_PATH)):
+        pytest.skip(f"{request.param} is not installed")
+    for name in "bin", "cron.hourly", "cron.d", "node-exporter":
+        (tmp_path / name).mkdir()
+    shim = tmp_path / "bin/journalctl"
+    shim.write_text(JOURNALCTL)
+    shim.chmod(0o755)
+    (tmp_path / "bin/awk").symlink_to(awk)
+
+    def run(commands: str, log: str = "") -> str:
+        """Run them; with a log, that is what journalctl shows."""
+        if log:
+            (tmp_path / "log").write_text(log)
+        for old, new in {"/usr/local/bin": "bin", "/etc/cron.": "cron.", "/etc/milter_sysuser.blocked": "blocked",
+                         "/var/lib/prometheus/node-exporter": "node-exporter"}.items():
+            commands = commands.replace(old, f"{tmp_path}/{new}")
+        env = {"PATH": f"{tmp_path}/bin:{mta.SYSTEM_PATH}", "LC_ALL": "C.UTF-8", "MILTER_LOG": f"{tmp_path}/log"}
+        ran = subprocess.run(["sh", "-ec", commands], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert ran.returncode == 0 and not ran.stderr, f"{commands}\n{ran.stdout}{ran.stderr}"
+        return ran.stdout
+
+    run(recipe(FIELDS)[0])
+    return run
+
+
+def test_each_field_is_read_whatever_stands_in_the_quotes(reader: Callable) -> None:
+    """Fields come out as they are written, in the order in which they were asked for; other lines are passed over."""
+    made, log = made_log()
+    answer = reader("journalctl -u milter_sysuser -o cat | milter-fields from user rcpts reason nothing", log)
+    wanted = [f"{quoted(m.sender)}\t{quoted(m.user)}\t{m.rcpts}\t{m.reason}\t" for m in made]
+    assert [line for line in answer.splitlines() if "\t\t50\t\t" not in line] == wanted
+    assert len(answer.splitlines()) == len(wanted) + 60  # mail of other hosts, which has no user
+
+
+def test_the_top_senders_directories_and_units_are_counted(reader: Callable) -> None:
+    """By recipients, ten of each; two users with nearly the same name are two; remote mail counts for nobody."""
+    made, log = made_log()
+    answer = reader(recipe(TOP)[0], log).splitlines()
+    print("\n".join(answer))
+    for field in "user", "dir", "unit":
+        recipients, messages = collections.Counter(), collections.Counter()
+        for line in made:
+            name = f"{field}={quoted(getattr(line, field))}"
+            recipients[name] += line.rcpts
+            messages[name] += 1
+        found = [line for line in answer if f" {field}=" in line and line.split(" ", 2)[2] in messages]
+        assert sorted(found) == sorted(f"{recipients[name]} {messages[name]} {name}" for name, _ in
+                                       recipients.most_common(10))
+        assert [int(line.split()[0]) for line in found] == sorted(recipients.values(), reverse=True)[:10]
+    assert {r'user="DOM\x5cJohn Doe"', r'user="DOM\x5cJohn Roe"'} <= {line.split(" ", 2)[2] for line in answer}
+
+
+def test_the_top_senders_are_counted_in_the_milters_own_log(make_logged: Callable, reader: Callable,
+                                                            users: types.SimpleNamespace) -> None:
+    """An address that looks like a field counts for nobody else; refused mail counts, remote does not."""
     mail = make_logged(blocked_mailusers=["nobody"])
     to = [word for number in range(3) for word in ("--to", f"to{number}@example.org")]
     assert mta.run_as("mst-alice", mta.smtp(mail.postfix.port, "--messages", "2", *to)).returncode == 0
@@ -113,10 +230,70 @@ def test_the_top_senders_are_counted(make_logged: Callable, administrator: Calla
     assert mta.run_as("mst-bob", mta.smtp(mail.postfix.port, "--mail-from", trick, "--messages", "4")).returncode == 0
     mta.run_as("nobody", mta.smtp(mail.postfix.port))
     mail.milter.wait_lines("action=", 7)
-    with open(mail.milter.directory / "milter.log", "a") as log:  # as it logs mail of other hosts
-        log.write("<6>4ZTEST: client=192.0.2.7:4711 from=x@example.org rcpts=50 action=pass\n")
-    commands, = recipe("List the top senders of the day")
-    assert administrator(mail, commands).splitlines() == ["6 2 mst-alice", "4 4 mst-bob", "1 1 nobody"]
+    remote = "<6>4ZTEST: client=192.0.2.7:4711 from=x@example.org rcpts=50 action=pass\n"  # mail of another host
+    answer = reader(recipe(TOP)[0], mail.milter.log() + remote).splitlines()
+    assert answer[:3] == ["6 2 user=mst-alice", "4 4 user=mst-bob", "1 1 user=nobody"]
+
+
+def test_root_is_mailed_who_was_refused(reader: Callable) -> None:
+    """How often, by user, reason and action, in the hour that has passed; where nobody was, nothing is printed."""
+    made, log = made_log()
+    reader(recipe(REFUSED)[0], log)
+    answer = reader("/etc/cron.hourly/milter-refused")
+    print(answer)
+    refused = collections.Counter(f"{quoted(m.user)}\t{m.reason}\t{m.action}" for m in made if m.action in REFUSALS)
+    found = [line.lstrip().split(" ", 1) for line in answer.splitlines()]
+    assert {name: int(times) for times, name in found} == refused
+    assert [int(times) for times, _ in found] == sorted(refused.values(), reverse=True)
+    assert reader("/etc/cron.hourly/milter-refused", "<6>milter_sysuser started\n") == ""
+
+
+def test_whoever_is_refused_ten_times_is_on_the_block_list(reader: Callable, tmp_path: pathlib.Path) -> None:
+    """By name, or by uid where the name does not stand bare; once; not for being blocked; no system user."""
+    made, log = made_log()
+    blocked = tmp_path / "blocked"
+    blocked.write_text("carol")  # whose line was not ended
+    reader(recipe(BLOCK)[0], log)
+    said = reader("/etc/cron.hourly/milter-block")
+    print(said)
+    refused = [m for m in made if m.action in REFUSALS and m.reason != "blocked"]
+    times = collections.Counter((m.user, m.uid) for m in refused if m.user and m.uid >= 1000)
+    wanted = [user if quoted(user) == user else str(uid) for user, uid in times if times[user, uid] >= 10]
+    first, *entries = blocked.read_text().split()
+    assert first == "carol" and sorted(entries) == sorted(wanted)
+    assert said == "".join(f"blocked: {entry}\n" for entry in entries)
+    assert {"alice", "1003", "1004"} <= set(entries) and not {"bob", "www-data", "33"} & set(entries)
+    assert reader("/etc/cron.hourly/milter-block") == ""
+    alices = [f"<6>{m.text(number)}\n" for number, m in enumerate(refused) if m.user == "alice"]
+    for number, block_list in (9, []), (10, ["alice"]):
+        blocked.write_text("")
+        reader("/etc/cron.hourly/milter-block", "".join(alices[:number]))
+        assert blocked.read_text().split() == block_list
+
+
+def test_prometheus_reads_messages_and_recipients(reader: Callable, tmp_path: pathlib.Path) -> None:
+    """The file is well formed with any user's name, comes in one piece, and is other programs' to read."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="python3-prometheus-client is not installed")
+    made, log = made_log()
+    reader(recipe(METRICS)[0], log)
+    place = tmp_path / "node-exporter"
+    (place / "milter_sysuser.prom").write_text("what was there\n")
+    with open(place / "milter_sysuser.prom") as before:
+        reader("/usr/local/bin/milter-metrics")
+        assert before.read() == "what was there\n"
+    assert [path.name for path in place.iterdir()] == ["milter_sysuser.prom"]
+    assert (place / "milter_sysuser.prom").stat().st_mode & 0o777 == 0o644
+    text = (place / "milter_sysuser.prom").read_text()
+    print(text)
+    found = {(sample.name, sample.labels["user"], sample.labels["action"]): sample.value
+             for family in parser.text_string_to_metric_families(text) for sample in family.samples}
+    wanted: collections.Counter = collections.Counter()
+    for m in [*made, *[Line("", None, None, None, "", 50, "pass", "")] * 60]:
+        label = quoted(m.user).strip('"')
+        wanted["milter_sysuser_messages_total", label, m.action] += 1
+        wanted["milter_sysuser_recipients_total", label, m.action] += m.rcpts
+    assert found == wanted
+    assert (tmp_path / "cron.d/milter-metrics").read_text().startswith("*/5 * * * * root ")
 
 
 @pytest.fixture
@@ -177,6 +354,7 @@ def test_a_ban_closes_three_doors_and_an_unban_opens_them(
 def test_everyone_is_limited_but_one(make_mail: Callable, users: types.SimpleNamespace) -> None:
     """The 201st recipient is refused, and the one who is exempt goes on."""
     limits = setting("Limit everyone to 200 recipients an hour, except one")["hourly_limits"]
+    assert "root" in limits
     limits["mst-alice"] = limits.pop("newsletter")
     mail = make_mail(hourly_limits=limits)
     for user, reply in ("mst-bob", "450 4.7.1 User mst-bob is over the limit of 200 recipients an hour"), ("mst-alice", ""):
