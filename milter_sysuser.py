@@ -55,7 +55,7 @@ import subprocess
 import threading
 import time
 import traceback
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Union
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Union, cast
 
 try:
     import Milter
@@ -409,12 +409,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def judge(self, sender: Sender) -> Verdict:
         """Say what becomes of the message."""
-        forged = f"More than {MOST_FORGED} {header_name} headers" if len(self.forged) > MOST_FORGED else (
-            f"A {header_name} header behind a bare CR" if self.hidden else "")
-        if forged:
-            return Verdict("reject", "forged", forged)
-        if self.owner is None:
-            return Verdict("pass")
+        forged = self.forgery()
+        if forged or self.owner is None:
+            return Verdict("reject", "forged", forged) if forged else Verdict("pass")
         blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
         for suspect in filter(None, (sender.account, sender.maybe, None if sender.account else sender.holder)):
             reason = why_refused(suspect, blocked, allowed)
@@ -424,6 +421,12 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return unidentified(sender.why)
         unsure = why_unsure(sender.account, blocked, allowed)
         return unsure or self.limits.verdict(sender.account, self.recipients) or passed()
+
+    def forgery(self) -> str:
+        """Say what is forged in a way that cannot be removed, or ""."""
+        if len(self.forged) > MOST_FORGED:
+            return f"More than {MOST_FORGED} {header_name} headers"
+        return f"A {header_name} header behind a bare CR" if self.hidden else ""
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""
@@ -655,9 +658,8 @@ class KernelLookup:
 
         server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
         """
-        if server is None or not server.port or not any(server.address):
-            server = self.server_end(client, server.port if server else 0)
-        interface, client_end = LOOPBACK, server and self.find(client, server, LOOPBACK)
+        server = self.whole_server_end(client, server)
+        interface, client_end = LOOPBACK, self.find(client, server, LOOPBACK) if server else None
         if client_end is None and not self.is_local(client.address):
             return None
         if server is None:
@@ -665,13 +667,12 @@ class KernelLookup:
         if client_end is None:
             interface, client_end = self.find_on_any_device(client, server)
         mta_end = self.find(server, client, interface)
+        why = why_no_owner(client_end, mta_end)
         if client_end is None and mta_end and mta_end.inode:
             interface, client_end, why = self.find_redirected(client, mta_end)
-        else:
-            why = why_no_owner(client_end, mta_end)
-        if client_end is None or why:
+        if why:
             return ClientSocket(None, why)
-        assert mta_end  # else "why" says so
+        client_end, mta_end = cast(Diag, client_end), cast(Diag, mta_end)  # else "why" says so
         return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                             client, server, interface, mta_end.read)
 
@@ -710,8 +711,11 @@ class KernelLookup:
                 return interface, diag
         return 0, None
 
-    def server_end(self, client: Endpoint, port: int) -> Optional[Endpoint]:
-        """Read the server's end from the MTA's own; None if there is none, or several. port: 0: any."""
+    def whole_server_end(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[Endpoint]:
+        """Read what the MTA does not say of its end from its own sockets; None if there is none, or several."""
+        port = server.port if server else 0
+        if server and port and any(server.address):
+            return server
         ends = set()
         for address in b"\0" * 4, b"\0" * 16:
             for diag in dump_sockets(Endpoint(address, port), Endpoint(b"", client.port)):
