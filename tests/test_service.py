@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's systemd unit: clean, hardened, and the lookups work inside its limits, which are set without systemd."""
+"""The README's systemd units: clean, hardened, and the lookups work inside their limits, set without systemd."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 '''
 
 
-def read_unit() -> str:
-    """Give the unit from the README's fence that begins with [Unit]."""
-    return re.search(r"^```ini\n(\[Unit\]\n.*?)^```", README.read_text(), re.M | re.S)[1]
+def read_unit(name: str = "milter_sysuser.service") -> str:
+    """Give a unit from the README's fence of that name."""
+    return re.search(rf"^```ini {re.escape(name)}\n(\[Unit\]\n.*?)^```", README.read_text(), re.M | re.S)[1]
 
 
 def parse(text: str) -> Unit:
@@ -169,15 +169,30 @@ def status(pid: int) -> dict[str, str]:
 
 @pytest.fixture
 def unit_file(tmp_path: pathlib.Path, systemd: None) -> pathlib.Path:
-    """Give the README's unit as a file."""
+    """Give the README's service unit as a file, without the socket unit."""
     file = tmp_path / "milter_sysuser.service"
     file.write_text(read_unit())
     return file
 
 
-def test_systemd_finds_nothing_wrong_with_the_unit(unit_file: pathlib.Path) -> None:
-    """Neither an error nor a warning, such as an unknown key."""
-    found = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit_file)],
+def test_the_install_line_puts_both_units_and_nothing_else_into_place(tmp_path: pathlib.Path) -> None:
+    """It needs no editor, and makes again what is there."""
+    install = README.read_text().partition("\n## Install\n")[2].partition("\n## ")[0]
+    line = re.search(r"^    (awk .*)$", install, re.M)[1].replace("/etc/systemd/system/", f"{tmp_path}/")
+    for _ in range(2):
+        subprocess.run(["sh", "-ec", line], cwd=README.parent, check=True)
+    names = ["milter_sysuser.service", "milter_sysuser.socket"]
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: read_unit(name) for name in names}
+
+
+@pytest.mark.parametrize("socket_unit", [True, False])
+def test_systemd_finds_nothing_wrong_with_the_units(unit_file: pathlib.Path, socket_unit: bool) -> None:
+    """Neither an error nor a warning, such as an unknown key, nor where the service misses the socket unit."""
+    files = [str(unit_file)]
+    if socket_unit:
+        files.append(str(unit_file.with_suffix(".socket")))
+        unit_file.with_suffix(".socket").write_text(read_unit("milter_sysuser.socket"))
+    found = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *files],
                            capture_output=True, text=True)
     others = r"(/\S*/)?(?!milter_sysuser\.)[\w@.:\\-]+\.(service|socket|target|timer|mount|path|slice)(:\d+)?: "
     said = [line for line in (found.stdout + found.stderr).splitlines() if not re.match(others, line)]
@@ -202,18 +217,33 @@ def test_each_capability_and_each_exception_is_explained() -> None:
     assert not [word for word in exceptions if not re.search(rf"\b{word}\b", comments)]
 
 
-def test_the_unit_starts_before_the_mta_and_again_after_a_failure_but_not_a_wrong_setting() -> None:
+def test_the_unit_starts_before_the_mta_and_again_unless_stopped_or_wrongly_set() -> None:
     """What depends on the script is as the script has it: its exit status, its user, its socket's directory."""
     unit = parse(read_unit())
     expected = {"Type": "notify", "NotifyAccess": "main", "Restart": "always", "SyslogFacility": "mail",
                 "RestartPreventExitStatus": re.search(r"EX_CONFIG = .*(\d\d)  #", mta.SCRIPT.read_text())[1],
-                "SyslogIdentifier": "milter_sysuser", "WantedBy": "multi-user.target"}
+                "SyslogIdentifier": "milter_sysuser", "WantedBy": "multi-user.target", "SuccessExitStatus": "75",
+                "ExecReload": "/bin/kill -HUP $MAINPID", "Sockets": "milter_sysuser.socket",
+                # 0 does not switch journald's limit off
+                "LogRateLimitIntervalSec": "30s", "LogRateLimitBurst": "1000000"}
     assert {key: unit[key][0] for key in expected} == expected
     assert {"postfix.service", "postfix@-.service", "sendmail.service"} <= set(unit["Before"][0].split())
     default = re.search(r'^run_as_user = "(\w+)"', mta.SCRIPT.read_text(), re.M)[1]
     assert unit["User"] == [default]
-    assert pathlib.Path(unit["ReadWritePaths"][0].lstrip("-")) == pathlib.Path(
-        re.search(r'^socketname = "(.+)"', mta.SCRIPT.read_text(), re.M)[1]).parent
+    directory = str(pathlib.Path(re.search(r'^socketname = "(.+)"', mta.SCRIPT.read_text(), re.M)[1]).parent)
+    assert unit["ReadWritePaths"] == ["-" + directory] and unit["RequiresMountsFor"] == [directory]
+
+
+def test_the_socket_unit_makes_what_the_script_would_make_itself() -> None:
+    """The same path, for the same user alone, before the MTA."""
+    unit, service = parse(read_unit("milter_sysuser.socket")), parse(read_unit())
+    path = re.search(r'^socketname = "(.+)"', mta.SCRIPT.read_text(), re.M)[1]
+    expected = {"ListenStream": path, "SocketUser": service["User"][0], "SocketMode": "0600",
+                # before sockets.target it would make a circle with a directory that is mounted over the network
+                "DefaultDependencies": "no", "Conflicts": "shutdown.target"}
+    assert {key: unit[key][0] for key in expected} == expected and "WantedBy" not in unit
+    assert set(service["Before"][0].split()) | {"shutdown.target"} == set(unit["Before"][0].split())
+    assert service["Sockets"] == ["milter_sysuser.socket"]  # what starts it
 
 
 def test_the_lookups_work_within_the_limits_of_the_unit(
