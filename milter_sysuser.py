@@ -2396,9 +2396,13 @@ def run() -> NoReturn:
     address = handed_over() or "unix:" + socketname
     threading.Thread(target=serve_mta, args=(address,), daemon=True).start()
     threading.Thread(target=announce, args=(address, ways), daemon=True).start()
-    again = signal.sigwait(STOP_SIGNALS) == signal.SIGHUP
+    stop(signal.sigwait(STOP_SIGNALS) == signal.SIGHUP)
+
+
+def stop(again: bool) -> NoReturn:
+    """End as told, and take the socket away unless the service manager keeps it."""
     say(INFO, "stopped, to be started again" if again else "stopped")
-    if address.startswith("unix:"):
+    if not handed_over():
         with contextlib.suppress(OSError):
             os.unlink(socketname)
     end(EX_RESTART if again else 0)
@@ -2406,16 +2410,14 @@ def run() -> NoReturn:
 
 def serve_mta(address: str) -> None:
     """Have libmilter serve sessions until it fails."""
-    problem = "libmilter has stopped"
     try:
         Milter.runmilter("milter_sysuser", address, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        problem = str(error)
-    if address == f"fd:{HANDED_OVER}":
-        problem += ": where libmilter does not take a socket from the service manager, as Debian's does, " \
-                   "disable milter_sysuser.socket"
-    say(ERROR, f"{socketname}: {problem}")
-    end(EX_FAILED)
+        cure = ": where libmilter does not take the service manager's socket, as Debian's does, " \
+               "disable milter_sysuser.socket" if handed_over() else ""
+        say(ERROR, f"{socketname}: {error}{cure}")
+        end(EX_FAILED)
+    stop(False)  # libmilter waits for the same signals, and had one before the main thread did
 
 
 def announce(address: str, ways: str) -> None:
