@@ -213,8 +213,9 @@ ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*"]
 class SysuserMilter(Base):  # type: ignore[misc]
     """One session of the MTA with a client; several messages may come through it.
 
-    connect asks the kernel whose the client's socket is, and claims it. envfrom confirms that and
-    has the process described; the MTA does not wait for it. eom decides, acts and logs.
+    connect asks the kernel whose the client's socket is, and claims it. envfrom confirms that, and
+    the MTA waits for it: a client that goes on has not gone away before. envrcpt has the process
+    described, which nobody waits for. eom decides, acts and logs.
     """
 
     # Set once, in "prepare", for all sessions.
@@ -286,23 +287,22 @@ class SysuserMilter(Base):  # type: ignore[misc]
             complain("the owner of a connection could not be asked for", str(error))
             return ClientSocket(None, "error")
 
-    @noreply  # type: ignore[untyped-decorator]
     def envfrom(self, sender: str, *parameters: str) -> int:
-        """Begin a message, forget the last; confirm the owner, and have the process described."""
+        """Begin a message, forget the last; confirm the owner, while the client waits to go on."""
         self.sender, self.recipients, self.queue_id = sender, 0, None
         self.forged, self.hidden, self.account = [], False, None
         if self.owner and self.owner.uid is not None:
             with contextlib.suppress(OSError, psutil.Error):  # at the end it is asked again
                 self.confirm(self.owner)
-            if self.facts is None:
-                self.facts = self.describer.describe(self.owner)
-            self.account = self.directory.account(self.owner.uid)
         return int(Milter.CONTINUE)
 
     @noreply  # type: ignore[untyped-decorator]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
-        """Count a recipient."""
+        """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
+        if self.account is None and self.owner and self.owner.uid is not None:
+            self.facts = self.facts or self.describer.describe(self.owner)
+            self.account = self.directory.account(self.owner.uid)
         return int(Milter.CONTINUE)
 
     @noreply  # type: ignore[untyped-decorator]
@@ -1610,7 +1610,7 @@ class Finder:
         """
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
             try:
-                uid = max(uids_of(f"/proc/{pid}/status"))
+                uid = owner_of(pid) or max(uids_of(f"/proc/{pid}/status"))  # a setuid program's real one
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended
             if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
