@@ -205,6 +205,8 @@ FILEID_KERNFS, M_ARENA_MAX = 0xFE, -8
 
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
+SET_STACK_LIMITS = getattr(ctypes.pythonapi, "PyUnstable_ThreadState_SetStackProtection", None)
+ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
 ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*"]
                        (?:[^\s\x00-\x1f\x7f\ud800-\udfff:#*"]|[ ])*(?<![ ])""", re.VERBOSE)
 
@@ -246,18 +248,17 @@ class SysuserMilter(Base):  # type: ignore[misc]
         # pymilter carries one thread state from worker thread to worker thread. Python 3.14 keeps
         # the stack limits of the first, and ends the process when it finds itself outside of them
         # (cpython gh-139653). Limits that every stack lies above switch that check off.
-        protect = getattr(ctypes.pythonapi, "PyUnstable_ThreadState_SetStackProtection", None)
-        if protect:
-            this_state = ctypes.pythonapi.PyThreadState_Get
-            this_state.restype = ctypes.c_void_p
-            protect(ctypes.c_void_p(this_state()), ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
+        if SET_STACK_LIMITS:
+            this_state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
+            SET_STACK_LIMITS(this_state, ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
         if opts[0] & Milter.SETSYMLIST:
             self._ctx.setsymlist(Milter.M_CONNECT, "{daemon_addr} {daemon_port}")
         return int(Base.negotiate(self, opts))
 
     def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
-        self.close()  # a session whose client is announced once more begins anew
+        if self.client:  # a session whose client is announced once more begins anew
+            self.close()
         self.confirmed, self.ended, self.facts = False, False, None
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
             self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
@@ -1130,6 +1131,8 @@ class UserList:
         with self.lock:
             if self.path:
                 self._reread(self.path)
+            if not self.listed:
+                return Entries()
             files = state_of_files()
             if self.made_of and files != self.made_of[-1]:
                 self.read_at = time.monotonic()  # what is listed may be somebody else's now
