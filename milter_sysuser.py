@@ -419,10 +419,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
             reason = why_refused(suspect, blocked, allowed)
             if reason:
                 return refusal(reason, suspect.name or suspect.uid)
+            if allowed and not is_listed(suspect, allowed):  # NSS has not said who he is
+                return Verdict("tempfail", "unidentified", UNIDENTIFIED)
         if sender.account is None:
             return unidentified(sender.why)
-        if allowed and not is_listed(sender.account, allowed):
-            return Verdict("tempfail", "unidentified", UNIDENTIFIED)  # NSS has not said who he is
         if unidentified_action != "accept" and may_be_listed(sender.account, blocked):
             return unidentified("error")
         return self.limits.verdict(sender.account, self.recipients) or passed()
@@ -1170,7 +1170,7 @@ def may_be_listed(account: Account, entries: Entries) -> bool:
     if is_listed(account, entries):
         return True
     unsaid = bool(entries.gids or entries.unresolved or (any(entries) and not account.answered))
-    return account.name is None and unsaid
+    return unsaid and (account.name is None or not account.answered)
 
 
 def why_refused(account: Account, blocked: Entries, allowed: Optional[Entries]) -> str:
