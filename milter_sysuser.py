@@ -1849,8 +1849,8 @@ def lsof_allowed() -> bool:
 
 # --------------------------------------------------------------- settings: every rule in one place
 def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Override settings by those of settings_file; give where each comes from, and what is wrong."""
-    path, sources, problems = values["settings_file"], dict.fromkeys(DEFAULTS, "the script"), []
+    """Override settings by those of settings_file; give where each of these stands, and what is wrong."""
+    path, sources, problems = values["settings_file"], {}, []
     if path is None:
         return sources, problems
     if not isinstance(path, str) or not path.startswith("/"):
@@ -1868,21 +1868,22 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
         name, equals, text = (part.strip() for part in line.partition("="))
         try:
             value = ast.literal_eval(text)
+            shown(value)  # ValueError if a number has too many digits to be written
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             problem = "must be a plain value on one line: a text, a number, None, a list or a mapping"
         if not equals or name not in DEFAULTS or name == "settings_file":
             problem = "must be name = value, with the name of a setting (and not of this file)"
-        elif sources[name] != "the script":
+        elif name in sources:
             problem = f"is there twice, see {sources[name]}"
         if problem:
-            problems.append(f"{where}: {line.strip()!r}: {problem}")
+            problems.append(f"{where}: {shown(line.strip())}: {problem}")
         else:
             values[name], sources[name] = value, where
     return sources, problems
 
 
-def settings_problems(values: dict[str, Any]) -> Iterator[str]:
-    """Check all settings; yield one sentence a problem, naming the setting, its value and the rule."""
+def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterator[str]:
+    """Check all settings; yield one sentence a problem: where it stands, the setting, its value and the rule."""
     number = f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
     name = "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
     is_name = isinstance(values["header_name"], str) and re.fullmatch(r"[!-9;-~]{1,76}", values["header_name"])
@@ -1899,7 +1900,14 @@ def settings_problems(values: dict[str, Any]) -> Iterator[str]:
     pairs = list(problems.items()) + list(list_problems(values))
     for setting, problem in pairs:
         if problem:
-            yield f"{setting} = {values[setting]!r}: {problem}"
+            where = f"{sources[setting]}: " if setting in sources else ""
+            yield f"{where}{setting} = {shown(values[setting])}: {problem}"
+
+
+def shown(value: Any) -> str:
+    """Write a value as it stands in the settings, so short that the line of the log has room for the rule."""
+    text = repr(value)
+    return text if len(text) <= 1000 else text[:1000] + "..."
 
 
 def socket_problem(path: Any, run_as: Any) -> str:
@@ -2002,7 +2010,8 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
     report("settings, and the socket's directory")
     for name, default in DEFAULTS.items():
         if globals()[name] != default:
-            print(f"      {name} = {globals()[name]!r}, from {sources[name]}; as delivered: {default!r}")
+            source = sources.get(name, "the script")
+            print(f"      {name} = {globals()[name]!r}, from {source}; as delivered: {default!r}")
     check_postfix()
     try:
         check_lookups(account_by_name(run_as_user))
@@ -2392,7 +2401,7 @@ def main() -> int:
                          "(Debian 12 or newer: python3-milter python3-psutil)\n")
         end(EX_CONFIG)
     sources, problems = take_settings_file(globals())
-    problems += settings_problems(globals())
+    problems += settings_problems(globals(), sources)
     if arguments.check:
         return check(sources, problems)
     for problem in problems:

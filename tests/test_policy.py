@@ -284,7 +284,7 @@ def test_a_file_that_is_wrong_at_start_is_a_settings_problem(why: str, tmp_path:
     WRONG[why](path)
     values = {**vars(ms), "socketname": str(tmp_path / "sock")}
     values["blocked_mailusers_file"] = str(path)
-    said = [problem for problem in ms.settings_problems(values) if problem.startswith("blocked_mailusers_file")]
+    said = [problem for problem in ms.settings_problems(values, {}) if problem.startswith("blocked_mailusers_file")]
     assert len(said) == 1 and "\n" not in said[0] and str(path) in said[0]
 
 
