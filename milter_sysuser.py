@@ -2369,10 +2369,14 @@ def announce(address: str, ways: str) -> None:
 def end(status: int) -> NoReturn:
     """End at once. libmilter's own stop takes up to 5 s, and hangs under load (it destroys a mutex in use)."""
     if status == EX_CONFIG:
-        # The MTA must not wait on the service manager's socket until somebody mends the setting.
+        # The MTA must not wait on the service manager's socket until somebody mends the setting:
+        # nobody can connect any more, and who has connected is dropped.
         with contextlib.suppress(ValueError, OSError):
             if handed_over():
-                socket.socket(fileno=HANDED_OVER).shutdown(socket.SHUT_RDWR)
+                given = socket.socket(fileno=HANDED_OVER)
+                given.shutdown(socket.SHUT_RDWR)
+                while True:
+                    given.accept()[0].close()
     os._exit(status)
 
 
