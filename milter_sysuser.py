@@ -2245,9 +2245,10 @@ def handed_over() -> str:
     if count != "1":
         raise ValueError(f"LISTEN_FDS = {count!r}: must be 1, from a socket unit with one ListenStream=")
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(HANDED_OVER)) as given:
-        if given.family == socket.AF_UNIX and given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        kind = given.family, given.type, given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if kind == (socket.AF_UNIX, socket.SOCK_STREAM, 1):
             return f"fd:{HANDED_OVER}"
-    raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix socket that listens")
+    raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix stream socket that listens")
 
 
 def start_problem() -> str:
