@@ -155,6 +155,7 @@ FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
 BLOCKED_ACTIONS = ("reject", "tempfail", "quarantine", "log")
 UNIDENTIFIED_ACTIONS = ("accept", "tempfail", "quarantine", "reject")
 REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
+UNIDENTIFIED = "Sender process could not be identified"
 # Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
 OUR_FAULTS = {"busy", "error", "no-helper", "not-permitted", "timeout"}
 ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
@@ -415,13 +416,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return Verdict("reject", "forged", forged) if forged else Verdict("pass")
         blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
         for suspect in filter(None, (sender.account, sender.maybe, None if sender.account else sender.holder)):
-            reason = why_refused(suspect, blocked, allowed)
-            if reason:
-                return refusal(reason, suspect.name or suspect.uid)
+            refused = refusal_of(suspect, blocked, allowed)
+            if refused:
+                return refused
         if sender.account is None:
             return unidentified(sender.why)
-        unsure = why_unsure(sender.account, blocked, allowed)
-        return unsure or self.limits.verdict(sender.account, self.recipients) or passed()
+        if unidentified_action != "accept" and may_be_listed(sender.account, blocked):
+            return unidentified("error")
+        return self.limits.verdict(sender.account, self.recipients) or passed()
 
     def forgery(self) -> str:
         """Say what is forged in a way that cannot be removed, or ""."""
@@ -1201,7 +1203,7 @@ def may_be_listed(account: Account, entries: Entries) -> bool:
     if is_listed(account, entries):
         return True
     unsaid = bool(entries.gids or entries.unresolved or (any(entries) and not account.answered))
-    return account.name is None and unsaid
+    return unsaid and (account.name is None or not account.answered)
 
 
 def why_refused(account: Account, blocked: Entries, allowed: Optional[Entries]) -> str:
@@ -1211,11 +1213,12 @@ def why_refused(account: Account, blocked: Entries, allowed: Optional[Entries]) 
     return "not-allowed" if allowed and not may_be_listed(account, allowed) else ""
 
 
-def why_unsure(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
-    """Say what to do while NSS has not said that a user is not blocked, and allowed; None if it has."""
-    if allowed and not is_listed(account, allowed):
-        return unidentified("error", "tempfail")
-    return unidentified("error") if may_be_listed(account, blocked) and unidentified_action != "accept" else None
+def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
+    """Refuse a user whom the lists do not let send, for now if NSS has not said; None: they do."""
+    reason = why_refused(account, blocked, allowed)
+    if reason:
+        return refusal(reason, account.name or account.uid)
+    return unidentified("error", "tempfail") if allowed and not is_listed(account, allowed) else None
 
 
 def whole(value: Any) -> bool:
@@ -1332,7 +1335,7 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
         return passed()
     if action == "reject" and why in OUR_FAULTS:
         action = "tempfail"
-    return Verdict(action, "unidentified", "Sender process could not be identified")
+    return Verdict(action, "unidentified", UNIDENTIFIED)
 
 
 # ------------------------------------------------------- description: which process has the socket
@@ -1896,8 +1899,8 @@ def lsof_allowed() -> bool:
 
 # --------------------------------------------------------------- settings: every rule in one place
 def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Override settings by those of settings_file; give where each comes from, and what is wrong."""
-    path, sources, problems = values["settings_file"], dict.fromkeys(DEFAULTS, "the script"), []
+    """Override settings by those of settings_file; give where each of these stands, and what is wrong."""
+    path, sources, problems = values["settings_file"], {}, []
     if path is None:
         return sources, problems
     try:
@@ -1913,10 +1916,10 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
             continue
         where = f"{path}, line {number}"
         name, value, problem = read_setting(line)
-        if not problem and sources[name] != "the script":
+        if not problem and name in sources:
             problem = f"is there twice, see {sources[name]}"
         if problem:
-            problems.append(f"{where}: {line.strip()!r}: {problem}")
+            problems.append(f"{where}: {shown(line.strip())}: {problem}")
         else:
             values[name], sources[name] = value, where
     return sources, problems
@@ -1928,13 +1931,15 @@ def read_setting(line: str) -> tuple[str, Any, str]:
     if not equals or name not in DEFAULTS or name == "settings_file":
         return name, None, "must be name = value, with the name of a setting (and not of this file)"
     try:
-        return name, ast.literal_eval(text), ""
+        value = ast.literal_eval(text)
+        shown(value)  # ValueError if a number has too many digits to be written
+        return name, value, ""
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return name, None, "must be a plain value on one line: a text, a number, None, a list or a mapping"
 
 
-def settings_problems(values: dict[str, Any]) -> Iterator[str]:
-    """Check all settings; yield one sentence a problem, naming the setting, its value and the rule."""
+def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterator[str]:
+    """Check all settings; yield one sentence a problem: where it stands, the setting, its value and the rule."""
     number = f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
     name = "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
     is_name = isinstance(values["header_name"], str) and re.fullmatch(r"[!-9;-~]{1,76}", values["header_name"])
@@ -1951,7 +1956,14 @@ def settings_problems(values: dict[str, Any]) -> Iterator[str]:
     pairs = list(problems.items()) + list(list_problems(values))
     for setting, problem in pairs:
         if problem:
-            yield f"{setting} = {values[setting]!r}: {problem}"
+            where = f"{sources[setting]}: " if setting in sources else ""
+            yield f"{where}{setting} = {shown(values[setting])}: {problem}"
+
+
+def shown(value: Any) -> str:
+    """Write a value as it stands in the settings, so short that the line of the log has room for the rule."""
+    text = repr(value)
+    return text if len(text) <= 1000 else text[:1000] + "..."
 
 
 def socket_problem(path: Any, run_as: Any) -> str:
@@ -2067,7 +2079,8 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
     report("settings, and the socket's directory")
     for name, default in DEFAULTS.items():
         if globals()[name] != default:
-            print(f"      {name} = {globals()[name]!r}, from {sources[name]}; as delivered: {default!r}")
+            source = sources.get(name, "the script")
+            print(f"      {name} = {globals()[name]!r}, from {source}; as delivered: {default!r}")
     check_postfix()
     try:
         check_lookups(account_by_name(run_as_user))
@@ -2310,9 +2323,10 @@ def handed_over() -> str:
     if count != "1":
         raise ValueError(f"LISTEN_FDS = {count!r}: must be 1, from a socket unit with one ListenStream=")
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(HANDED_OVER)) as given:
-        if given.family == socket.AF_UNIX and given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        kind = given.family, given.type, given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if kind == (socket.AF_UNIX, socket.SOCK_STREAM, 1):
             return f"fd:{HANDED_OVER}"
-    raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix socket that listens")
+    raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix stream socket that listens")
 
 
 def start_problem() -> str:
@@ -2442,10 +2456,14 @@ def announce(address: str, ways: str) -> None:
 def end(status: int) -> NoReturn:
     """End at once. libmilter's own stop takes up to 5 s, and hangs under load (it destroys a mutex in use)."""
     if status == EX_CONFIG:
-        # The MTA must not wait on the service manager's socket until somebody mends the setting.
+        # The MTA must not wait on the service manager's socket until somebody mends the setting:
+        # nobody can connect any more, and who has connected is dropped.
         with contextlib.suppress(ValueError, OSError):
             if handed_over():
-                socket.socket(fileno=HANDED_OVER).shutdown(socket.SHUT_RDWR)
+                given = socket.socket(fileno=HANDED_OVER)
+                given.shutdown(socket.SHUT_RDWR)
+                while True:
+                    given.accept()[0].close()
     os._exit(status)
 
 
@@ -2474,7 +2492,7 @@ def main() -> int:
                          "(Debian 12 or newer: python3-milter python3-psutil)\n")
         end(EX_CONFIG)
     sources, problems = take_settings_file(globals())
-    problems += settings_problems(globals())
+    problems += settings_problems(globals(), sources)
     if arguments.check:
         return check(sources, problems)
     for problem in problems:

@@ -368,12 +368,14 @@ class Milter:
     prefix    a command that runs it, e.g. ["setpriv", "--bounding-set=-sys_ptrace"]
     args      arguments of the script, e.g. ["--check"]
     journal   tell it, as systemd does, that its standard error is the journal
-    settings  what to change at the top of the file
+    fds       descriptors that it inherits
+    settings  what to change at the top of the file; settings_file is None unless given, whatever this host has
     """
 
     def __init__(self, at: "Postfix | os.PathLike | None" = None, *, user: Optional[str] = None,
                  prefix: Sequence[str] = (), args: Sequence[str] = (), env: Optional[Mapping[str, str]] = None,
-                 script: os.PathLike = SCRIPT, journal: bool = False, **settings: Any) -> None:
+                 script: os.PathLike = SCRIPT, journal: bool = False, fds: Sequence[int] = (),
+                 **settings: Any) -> None:
         source = edit_settings(pathlib.Path(script).read_text(), settings)  # a wrong name leaves nothing behind
         self.temporary = at is None
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="milter-test.") if at is None
@@ -383,7 +385,7 @@ class Milter:
         if not private.exists():
             private.mkdir(0o755)
             os.chown(private, pwd.getpwnam(user or settings.get("run_as_user", "postfix") or "root").pw_uid, -1)
-        self.settings = {"socketname": f"{private}/milter.sock", **settings}
+        self.settings = {"socketname": f"{private}/milter.sock", "settings_file": None, **settings}
         self.script = self.directory / "milter_sysuser.py"
         self.script.write_text(edit_settings(source, self.settings))
         self.script.chmod(0o755)
@@ -392,7 +394,7 @@ class Milter:
         stream = {"JOURNAL_STREAM": f"{log.stat().st_dev}:{log.stat().st_ino}"} if journal else {}
         self.command = [*prefix, PYTHON, str(self.script), *args]
         self.options = {"env": {**{k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}, **stream,
-                                **(env or {})},
+                                **(env or {})}, "pass_fds": fds,
                         **(identity(user) if user else {"cwd": "/"})}
         self.process: Optional[subprocess.Popen] = None
 

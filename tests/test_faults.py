@@ -28,7 +28,7 @@ SUDOERS = pathlib.Path("/etc/sudoers.d/milter-sysuser-test")
 CLIENT = r'''
 import collections, json, os, socket, sys, threading, time
 port, name, connections, most, each = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
-todo, sent, uncertain, deferred = collections.deque(), [], [], []
+todo, sent, uncertain, deferred, times = collections.deque(), [], [], [], []
 stop, lock, deadline, made = threading.Event(), threading.Lock(), time.monotonic() + 1800, 0
 def more():
     """Give the next message's id, None if there is none."""
@@ -42,6 +42,7 @@ def more():
         return "%s-%06d" % (name, made)
 def session(ident):
     """Send messages, the first of them ident, over one connection; give the one it ended with unsent."""
+    began = time.monotonic()
     with socket.create_connection(("127.0.0.1", port), 60) as sock, sock.makefile("rb") as lines:
         def reply():
             while True:
@@ -67,6 +68,7 @@ def session(ident):
                 if not ok:
                     return ident
                 sent.append(ident)
+                times.append([ident, began, time.monotonic()])
                 ident = more()
                 if ident is None:
                     break
@@ -96,7 +98,7 @@ if not most:
     threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
 for thread in threads:
     thread.join()
-print(json.dumps([sent, uncertain, deferred]), flush=True)
+print(json.dumps([sent, uncertain, deferred, times]), flush=True)
 os._exit(0)
 '''
 
@@ -122,11 +124,16 @@ class Load:
 
     most  messages of each user; 0: until finish()
     each  messages in one connection
+
+    After finish(), .times has when each message's connection began and when it was taken (monotonic), by the message's
+    name, and .untagged the names of those without a header.
     """
 
     def __init__(self, postfix: mta.Postfix, most: int = 0, each: int = 1) -> None:
         self.postfix, self.inbox = postfix, postfix.directory / "mail/inbox/new"
         postfix.forget_messages()
+        self.times: dict[str, tuple[float, float]] = {}
+        self.untagged: list[str] = []
         self.clients = [mta.as_user(user, [mta.PYTHON, "-c", CLIENT, *map(str, (
             postfix.port, user, CONNECTIONS, most, each))]) for user in USERS]
 
@@ -155,7 +162,8 @@ class Load:
     def finish(self, timeout: float = 900) -> Row:
         """Have the clients come to an end, wait for the last delivery, and count."""
         outcomes = [json.loads(client.communicate(timeout=1800)[0]) for client in self.clients]
-        sent, uncertain, deferred = (sum(lists, []) for lists in zip(*outcomes))
+        sent, uncertain, deferred, times = (sum(lists, []) for lists in zip(*outcomes))
+        self.times = {ident: (began, taken) for ident, began, taken in times}
         assert not [ident for ident in deferred if ident.endswith("never")], deferred
         self.postfix.run("postqueue", "-f")  # a reload can lose qmgr's call to work, until it looks by itself (300 s)
         mta.wait_for(lambda: not self.queued(), timeout, "the last delivery")
@@ -177,6 +185,7 @@ class Load:
             times[ident] += 1
             if not tags:
                 kinds["untagged"] += 1
+                self.untagged.append(ident)
             elif len(tags) == 1 and tags[0][0] in (user, uids[user]) and tags[0][1] in ("python3", "?"):
                 kinds["tagged"] += 1
                 kinds["program"] += tags[0][1] != "?"

@@ -284,7 +284,7 @@ def test_a_file_that_is_wrong_at_start_is_a_settings_problem(why: str, tmp_path:
     WRONG[why](path)
     values = {**vars(ms), "socketname": str(tmp_path / "sock")}
     values["blocked_mailusers_file"] = str(path)
-    said = [problem for problem in ms.settings_problems(values) if problem.startswith("blocked_mailusers_file")]
+    said = [problem for problem in ms.settings_problems(values, {}) if problem.startswith("blocked_mailusers_file")]
     assert len(said) == 1 and "\n" not in said[0] and str(path) in said[0]
 
 
@@ -414,6 +414,137 @@ def test_log_is_a_dry_run(postfix: mta.Postfix, users: types.SimpleNamespace) ->
         assert "action=log reason=blocked" in milter.wait_lines("user=mst-bob")[0]
 
 
+# --- who alone may send -------------------------------------------------------------------------------------------
+
+def replies_to(milter: mta.Milter, uid: int) -> list[tuple]:
+    """Send one message as a uid; give all replies at its end."""
+    with Session(milter, uid) as session:
+        return session.wire.message()
+
+
+def unknown(milter: mta.Milter) -> list[tuple]:
+    """Send one message of a client whose owner is unknown, as it has gone; give the replies at its end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        address, port = gone.getsockname()[:2], listener.getsockname()[1]
+        gone.close()
+        with mta.Wire(milter.socketname) as wire:
+            wire.connect(*address, daemon_addr="127.0.0.1", daemon_port=str(port))
+            return wire.message()
+
+
+@pytest.fixture(scope="module")
+def allowing(users: types.SimpleNamespace, group: None) -> Iterator[mta.Milter]:
+    """Start a milter that lets mst-alice, the uids 60600 to 60602 and mst-suspended send, and blocks some of these."""
+    milter = mta.Milter()
+    milter.path = milter.directory / "blocked"
+    milter.path.write_text("60602\n")
+    milter.__init__(milter.directory, allowed_mailusers=["mst-alice", 60600, "60601", "60602", "@" + GROUP],
+                    blocked_mailusers=[60601, 60699], blocked_mailusers_file=str(milter.path))
+    milter.temporary = True
+    with milter:
+        yield milter
+
+
+@pytest.mark.parametrize("who", ["alice", "bob", 60600])
+def test_who_is_allowed_by_name_uid_or_group_sends(who: Any, allowing: mta.Milter,
+                                                   users: types.SimpleNamespace) -> None:
+    """Tagged as ever."""
+    uid = who if isinstance(who, int) else getattr(users, who).pw_uid
+    assert send(allowing, uid).startswith(f"user={who if isinstance(who, int) else f'mst-{who}'} ")
+
+
+@pytest.mark.parametrize("name", ["nobody", "root"])
+def test_everyone_else_is_refused_as_if_blocked(name: str, allowing: mta.Milter) -> None:
+    """Root, too; the log says that it is for want of an entry."""
+    assert send(allowing, pwd.getpwnam(name).pw_uid) == refused(name)
+    assert " action=reject reason=not-allowed" in allowing.wait_lines(f" user={name} ")[-1]
+
+
+def test_a_uid_without_an_account_is_refused_for_now_where_a_group_is_allowed(allowing: mta.Milter) -> None:
+    """It may be of a directory that is down, and in the group."""
+    assert send(allowing, 60603) == f"450 4.7.1 {ms.UNIDENTIFIED}"
+    assert " action=tempfail reason=unidentified" in allowing.wait_lines(" user=60603 ")[-1]
+
+
+@pytest.mark.parametrize("uid", [60601, 60602, 60699])
+def test_who_is_blocked_is_so_although_he_is_allowed(uid: int, allowing: mta.Milter) -> None:
+    """By the setting or by the file; of both reasons, this is the one that is logged."""
+    assert send(allowing, uid) == refused(uid)
+    assert " action=reject reason=blocked" in allowing.wait_lines(f" user={uid} ")[-1]
+
+
+def test_the_file_of_blocked_users_is_reread_for_those_allowed(allowing: mta.Milter,
+                                                               users: types.SimpleNamespace) -> None:
+    """Whoever is struck from it sends again."""
+    replace(allowing.path, "mst-alice\n")
+    assert send(allowing, users.alice.pw_uid) == refused("mst-alice")
+    assert send(allowing, 60602).startswith("user=60602 ")
+    replace(allowing.path, "60602\n")
+    assert send(allowing, users.alice.pw_uid).startswith("user=mst-alice ")
+
+
+@pytest.mark.parametrize("action, last, logged", [
+    ("accept", ("continue",), "action=tag"), ("quarantine", ("continue",), "action=quarantine reason=unidentified"),
+    ("tempfail", ("replycode", f"450 4.7.1 {ms.UNIDENTIFIED}"), "action=tempfail reason=unidentified"),
+    ("reject", ("replycode", f"550 5.7.1 {ms.UNIDENTIFIED}"), "action=reject reason=unidentified")])
+def test_an_unknown_owner_is_not_everyone_else(action: str, last: tuple, logged: str, make_milter: Callable) -> None:
+    """What becomes of him is for unidentified_action to say; where that is accept, the log warns at start."""
+    milter = make_milter(allowed_mailusers=["root"], unidentified_action=action).start()
+    assert unknown(milter)[-1] == last
+    assert " user=? " in milter.wait_lines(logged)[0]
+    assert len(milter.lines("WARNING unidentified_action is accept")) == (action == "accept")
+
+
+@pytest.mark.parametrize("action", ["tempfail", "quarantine", "log"])
+def test_not_allowed_follows_the_action_for_blocked_users(action: str, make_milter: Callable) -> None:
+    """Refused for now, held, or passed and said."""
+    milter = make_milter(allowed_mailusers=["root"], blocked_action=action).start()
+    replies = replies_to(milter, 60604)
+    text = "User 60604 is blocked from sending mail"
+    kinds = [reply[0] for reply in replies]
+    assert kinds == {"tempfail": ["replycode"], "quarantine": ["quarantine", "addheader", "continue"],
+                     "log": ["addheader", "continue"]}[action]
+    assert action == "log" or text in replies[0][1]
+    assert action != "tempfail" or replies == [("replycode", f"450 4.7.1 {text}")]
+    assert f" action={action} reason=not-allowed" in milter.wait_lines("user=60604")[0]
+
+
+def test_an_empty_list_of_allowed_users_allows_nobody(make_milter: Callable, users: types.SimpleNamespace) -> None:
+    """Of this host: mail from others is not its business."""
+    milter = make_milter(allowed_mailusers=[]).start()
+    for name, uid in ("root", 0), ("mst-alice", users.alice.pw_uid), (60605, 60605):
+        assert send(milter, uid) == refused(name)
+    with mta.Wire(milter.socketname) as wire:
+        wire.connect("192.0.2.9", 1)
+        assert wire.message() == [("continue",)]
+
+
+def test_an_allowed_user_who_does_not_exist_is_a_warning(make_milter: Callable) -> None:
+    """It names the setting."""
+    make_milter(allowed_mailusers=["root", "mst-no-such-user"]).start().wait_lines(
+        "WARNING allowed_mailusers: mst-no-such-user is not found")
+
+
+@pytest.mark.parametrize("unidentified_action", ["accept", "reject"])
+@pytest.mark.parametrize("name", [None, "mst-eve"], ids=["uid", "delegated"])
+def test_whoever_may_turn_out_to_be_allowed_is_refused_for_now_only(name: Any, unidentified_action: str,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """His own uid or one that was delegated to him, as long as NSS has not said what groups he is in."""
+    monkeypatch.setattr(ms, "unidentified_action", unidentified_action)
+    milter = ms.SysuserMilter()
+    milter.owner = ms.ClientSocket(700000007, "", 1)
+    milter.blocked = types.SimpleNamespace(now=ms.Entries)
+    milter.allowed = types.SimpleNamespace(now=lambda: ms.Entries(gids=frozenset([42500])))
+    account = ms.Account(700000007, 700000007, name, why="error" if name else "")
+    verdict = milter.judge(ms.Sender(None, "error", {}, account) if name else ms.Sender(account, ""))
+    assert (verdict.action, verdict.reason) == ("tempfail", "unidentified")
+    said = account._replace(name="mst-eve", answered=True, why="")
+    assert milter.judge(ms.Sender(said, "")).reason == "not-allowed"
+    milter.limits = ms.Limits({})
+    assert milter.judge(ms.Sender(said._replace(gids=frozenset([42500])), "")).action == "tag"
+
+
 # --- the limits ---------------------------------------------------------------------------------------------------
 
 def over(name: Any, limit: int) -> str:
@@ -462,6 +593,61 @@ def test_a_warning_is_logged_once_at_four_fifths(limited: mta.Milter) -> None:
         for count, warned in (3, 0), (1, 1), (1, 1), (1, 1):
             session.send(count)
             assert len(limited.lines("WARNING user=60402 has addressed 4 of 5 recipients an hour")) == warned
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Collect what is logged, with its level; nothing was complained about before."""
+    lines: list[tuple[int, str]] = []
+    monkeypatch.setattr(ms, "say", lambda level, text: lines.append((level, text)))
+    monkeypatch.setattr(ms, "COMPLAINTS", {})
+    return lines
+
+
+def test_refusals_for_a_limit_are_a_warning_at_once_and_then_a_count_a_minute(
+        said: list[tuple[int, str]], clock: types.SimpleNamespace) -> None:
+    """Each user's for himself: the first is said, the others are counted."""
+    limits, alice, bob = ms.Limits({"*": 10}), ms.Account(1001, 1001, "alice"), ms.Account(1002, 1002)
+    over = "user=%s is over the limit of 10 recipients an hour"
+    for count, warned in (7, []), (1, ["user=alice has addressed 8 of 10 recipients an hour"]), (2, []):
+        said.clear()
+        assert limits.verdict(alice, count) is None
+        assert said == [(ms.WARNING, text) for text in warned]
+    said.clear()
+    for second in range(120):
+        assert limits.verdict(alice, 1).reason == "limit"
+        if second in (10, 20):
+            assert limits.verdict(bob, 11).reason == "limit"
+        clock.now += 1
+    assert said == [(ms.WARNING, text) for text in (over % "alice", over % 1002, over % "alice" + " (59 more before)")]
+    said.clear()
+    clock.now += 60
+    assert limits.verdict(bob, 11).reason == "limit"
+    assert said == [(ms.WARNING, over % 1002 + " (1 more before)")]
+
+
+@pytest.mark.parametrize("limit, counts, warned", [
+    (5, [3, 1, 1], [4]), (5, [4, 1], [4]), (5, [5], [5]), (1, [1], [1]), (100, [79, 1, 20], [80]), (100, [79, 2], [81]),
+    (0, [0], []), (3, [2, 1], [3])])
+def test_the_warning_comes_when_four_fifths_are_reached(limit: int, counts: list[int], warned: list[int],
+                                                        said: list[tuple[int, str]]) -> None:
+    """Once, with what has been addressed by then."""
+    limits = ms.Limits({"*": limit})
+    assert [limits.verdict(ms.Account(1001, 1001), count) for count in counts] == [None] * len(counts)
+    assert said == [(ms.WARNING, f"user=1001 has addressed {used} of {limit} recipients an hour") for used in warned]
+
+
+def test_journalctl_finds_the_warnings_by_their_level(make_milter: Callable) -> None:
+    """At four fifths and at the refusal; the messages' own lines have another level."""
+    with make_milter(hourly_limits={"*": 5}, journal=True) as milter:
+        send(milter, 60406, 4)
+        for _ in range(3):
+            assert send(milter, 60406, 2) == over(60406, 5)
+        milter.wait_lines("action=", 4)
+        assert [line for line in milter.lines("<4>") if "unidentified_action" not in line] == [
+            "<4>user=60406 has addressed 4 of 5 recipients an hour",
+            "<4>user=60406 is over the limit of 5 recipients an hour"]
+        assert all(line.startswith("<6>") for line in milter.lines("action="))
 
 
 def test_many_connections_have_one_limit(limited: mta.Milter) -> None:
@@ -776,6 +962,36 @@ def test_a_delegated_uid_is_blocked_while_the_directory_fails(fault: str, direct
         assert send(milter, 800000001) == "user=? program=?"
     directory.up()
     mta.wait_for(lambda: send(milter, 800000001).startswith("user=mst-eve "), what="the name")
+
+
+def test_whoever_nss_has_not_answered_for_is_not_refused_for_good(directory: Directory, served: Callable) -> None:
+    """450 while it is slow, whoever he turns out to be; then the one is let through and the other is not."""
+    milter = served(allowed_mailusers=["root", "mst-eve", "@mst-fired"])
+    with directory.slow():
+        assert send(milter, PEOPLE["mst-eve"]).startswith(f"user={PEOPLE['mst-eve']} ")  # is allowed by that uid
+        for name in "mst-trent", "mst-mallory":
+            assert send(milter, PEOPLE[name]) == f"450 4.7.1 {ms.UNIDENTIFIED}"
+            assert " action=tempfail reason=unidentified" in milter.wait_lines(f"user={PEOPLE[name]} ")[-1]
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-trent"]).startswith("user=mst-trent "), what="the one allowed")
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory"), what="the other's name")
+    assert not [line for line in milter.lines("action=reject") if "user=mst-mallory" not in line]
+
+
+def test_a_list_of_allowed_users_outlives_a_directory_that_goes_down(directory: Directory, served: Callable) -> None:
+    """Who was allowed stays so; someone never seen before is refused for now."""
+    milter = served(allowed_mailusers=["@mst-fired", "mst-eve"], refresh=0.2)
+    for name in "mst-trent", "mst-eve":
+        assert send(milter, PEOPLE[name]).startswith(f"user={name} ")
+    directory.down()
+    asked = directory.asked("end name mst-eve")
+
+    def passes() -> bool:
+        """Have both pass, and say whether the directory has been asked three times meanwhile."""
+        for name in "mst-trent", "mst-eve":
+            assert send(milter, PEOPLE[name]).startswith(f"user={name} ")
+        return directory.asked("end name mst-eve") >= asked + 3
+    mta.wait_for(passes, what="the list to be resolved anew")
+    assert send(milter, PEOPLE["mst-mallory"]) == "450 4.7.1 " + ms.UNIDENTIFIED
 
 
 def test_names_and_members_are_resolved_anew(directory: Directory, served: Callable) -> None:

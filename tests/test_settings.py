@@ -12,13 +12,19 @@ import pathlib
 import pwd
 import socket
 import subprocess
+import sys
 import tempfile
 import types
 from typing import Any, Callable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mta
+
+sys.path.append(str(mta.SCRIPT.parent))
+import milter_sysuser as ms  # noqa: E402
 
 FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit"
 WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said of it)
@@ -133,6 +139,195 @@ def test_a_list_that_the_unidentified_can_pass_is_warned_about(settings: dict, m
     """Only where something is set that unidentified_action accept leaves open."""
     assert make_milter(**settings).start().lines("WARNING unidentified_action is accept")
     assert not make_milter(unidentified_action="tempfail", **settings).start().lines("WARNING")
+
+
+# --- the file of settings -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def conf(directory: pathlib.Path) -> pathlib.Path:
+    """Give the path of a settings file, which is not there yet."""
+    return directory / "milter.conf"
+
+
+def served_header(milter: mta.Milter) -> tuple[str, str]:
+    """Give the name and the value of the header that a local client's message gets."""
+    with mta.Clients("nobody") as clients:
+        (wire,) = clients.wires(milter)
+        with wire:
+            return next(reply[-2:] for reply in wire.message() if reply[0] in ("addheader", "insheader"))
+
+
+def test_a_settings_file_overrides_the_script(conf: pathlib.Path, make_milter: Callable) -> None:
+    """Comments, blank lines, blanks and line ends of other systems do no harm; the script has what it does not name."""
+    conf.write_text('# ours\n\n   \t\n  header_name="X-Sent-By"   # not X-Sender\nheader_fields\t= ["uid"]\r\n'
+                    'log_fields = ["uid"]\n   # timeout = 1\nhourly_limits = {"nobody": 0x10, "*": None}')
+    milter = make_milter(settings_file=str(conf), header_name="X-Other", log_fields=["user"], blocked_action="tempfail",
+                         blocked_mailusers=["nobody"]).start()
+    with mta.Clients("nobody") as clients:
+        assert clients.send(milter) == ["450 4.7.1 User nobody is blocked from sending mail"]  # the script's
+    assert f" uid={pwd.getpwnam('nobody').pw_uid} from=" in milter.wait_lines("action=")[0]
+    conf.write_text(conf.read_text() + "\nblocked_mailusers = []\n")
+    milter.kill()
+    assert served_header(milter.start()) == ("X-Sent-By", f"uid={pwd.getpwnam('nobody').pw_uid}")
+
+
+@pytest.mark.parametrize("content", [None, "", "\n\n", "# nothing\n#timeout = -1"], ids=repr)
+def test_a_settings_file_that_is_missing_or_empty_changes_nothing(content: Any, conf: pathlib.Path,
+                                                                  make_milter: Callable) -> None:
+    """Nor is it complained about."""
+    if content is not None:
+        conf.write_text(content)
+    milter = make_milter(settings_file=str(conf)).start()
+    assert served_header(milter)[0] == "X-Sender-Process-Info"
+    assert not milter.lines("ERROR") and not milter.lines("WARNING")
+
+
+def test_as_postfix_a_settings_file_of_roots_or_his_own_counts(conf: pathlib.Path, make_milter: Callable) -> None:
+    """Whoever starts it is trusted, and root is; another is not."""
+    conf.write_text('header_name = "X-Sent-By"\n')
+    for owner in "root", "postfix":
+        os.chown(conf, pwd.getpwnam(owner).pw_uid, -1)
+        milter = make_milter(user="postfix", settings_file=str(conf)).start()
+        assert served_header(milter)[0] == "X-Sent-By"
+    os.chown(conf, pwd.getpwnam("nobody").pw_uid, -1)
+    (line,) = problems(make_milter(user="postfix", settings_file=str(conf)))
+    assert f"{conf} must belong to root or uid {pwd.getpwnam('postfix').pw_uid}" in line
+
+
+def test_every_problem_of_a_settings_file_is_one_line_with_its_place(conf: pathlib.Path, make_milter: Callable) -> None:
+    """File, line, what stands there, and the rule; all at once, also those of the script."""
+    wrong = [('tiemout = 5', "with the name of a setting"), ('settings_file = "/etc/other.conf"', "not of this file"),
+             ('timeout', "must be name = value"), ('= 5', "must be name = value"), ('[settings]', "name = value"),
+             ('blocked_action = reject', "a plain value"), ('log_fields = ["user",', "a plain value"),
+             ('header_name =', "a plain value"), ("run_as_user = open('/etc/passwd')", "a plain value"),
+             ('timeout: 5', "must be name = value"), ('DEFAULTS = {}', "with the name of a setting"),
+             ('blocked_mailusers = ["a", "b"] + ["c"]', "a plain value"), ('header_name = "X\ufffd', "a plain value"),
+             ('header_fields = ' + '[' * 500, "a plain value"), ('export timeout=5', "with the name of a setting")]
+    conf.write_text("# line 1\n" + "".join(line + "\n" for line, _ in wrong))
+    lines = problems(make_milter(settings_file=str(conf), timeout=-1))
+    assert lines.pop() == "timeout = -1: must be a whole number of seconds from 0 to 2147483"
+    for number, ((text, rule), line) in enumerate(zip(wrong, lines, strict=True), 2):
+        assert line.startswith(f"{conf}, line {number}: {text!r}: ") and rule in line, line
+
+
+def test_a_value_that_breaks_a_rule_is_named_with_its_place(conf: pathlib.Path, make_milter: Callable) -> None:
+    """As a literal it is well; the setting, its value and its rule are said as for the script's, after its place."""
+    conf.write_text('timeout = True\n# now\nblocked_mailusers = ["root", "a:b", -1]\nheader_fields = {}\n')
+    assert problems(make_milter(settings_file=str(conf), lsof_command="lsof")) == [
+        f"{conf}, line 1: timeout = True: must be a whole number of seconds from 0 to 2147483",
+        f"{conf}, line 4: header_fields = {{}}: {FIELDS}",
+        *(f"{conf}, line 3: blocked_mailusers = ['root', 'a:b', -1]: {entry} is not a user name, a numeric uid or "
+          '"@group"' for entry in ("'a:b'", "-1")),
+        "lsof_command = 'lsof': must be a list of words, or []"]
+
+
+@pytest.mark.parametrize("line, rule", [
+    ("hourly_limits = {'nobody': 0x" + "f" * 5000 + "}", "a mapping"), ("timeout = " + "9" * 5000, "a mapping"),
+    ("timeout = " + repr("x" * 5000), "from 0 to 2147483"), ("timeout = " + "[" * 100000, "a mapping"),
+    ("timeout = " + "-" * 100000 + "1", "a mapping"), ("timeout = " + "1+" * 50000 + "1", "a mapping"),
+    ("blocked_mailusers = " + repr(["bob"] * 999 + ["a:b"]), "'a:b' is not a user name, a numeric uid or \"@group\""),
+], ids=lambda text: text[:16])
+def test_however_long_a_value_is_its_place_and_its_rule_are_said(line: str, rule: str, conf: pathlib.Path,
+                                                                 make_milter: Callable) -> None:
+    """A line of the log has an end."""
+    conf.write_text(f"\n{line}\n")
+    (said,) = problems(make_milter(settings_file=str(conf)))
+    assert said.startswith(f"{conf}, line 2: ") and line[:17] in said and said.endswith(rule)
+
+
+def test_a_setting_that_is_there_twice_is_told_with_both_places(conf: pathlib.Path, make_milter: Callable) -> None:
+    """Neither is right until one of them has gone."""
+    conf.write_text("timeout = 5\nblocked_mailusers = []\ntimeout = 5\n")
+    (line,) = problems(make_milter(settings_file=str(conf)))
+    assert line == f"{conf}, line 3: 'timeout = 5': is there twice, see {conf}, line 1"
+
+
+@pytest.mark.parametrize("value", [
+    "__import__('os').mkdir({path!r})", "open({path!r}, 'w')", "f'{{open({path!r}, \"w\")}}'",
+    "[x for x in [open({path!r}, 'w')]]", "(lambda: open({path!r}, 'w'))()", "0\nopen({path!r}, 'w')",
+    "exec(\"open({path!r}, 'w')\")", "`touch {path}`", "$(touch {path})"])
+@pytest.mark.parametrize("args", [[], ["--check"]], ids=["start", "check"])
+def test_a_settings_file_is_never_executed(value: str, args: list[str], conf: pathlib.Path,
+                                           make_milter: Callable) -> None:
+    """What a value would make if it were is not there."""
+    made = conf.with_name("made")
+    conf.write_text(f"timeout = {value.format(path=str(made))}\n")
+    milter = make_milter(settings_file=str(conf), args=args)
+    assert milter.run() == 78
+    assert milter.lines("must be") and not made.exists() and "Traceback" not in milter.log()
+
+
+def make_fifo(path: pathlib.Path) -> None:
+    """Make it a FIFO: opening one waits for a writer."""
+    os.mkfifo(path, 0o644)
+
+
+def make_socket(path: pathlib.Path) -> None:
+    """Make it a socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
+def written(data: bytes, mode: int = 0o644, owner: str = "root") -> Callable[[pathlib.Path], None]:
+    """Make it a file of that user."""
+    def write(path: pathlib.Path) -> None:
+        path.write_bytes(data)
+        path.chmod(mode)
+        os.chown(path, pwd.getpwnam(owner).pw_uid, -1)
+    return write
+
+
+GOOD = b"timeout = 5\n"
+UNTRUSTED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+    "writable by the group": (written(GOOD, 0o664), "must belong to root"),
+    "writable by all": (written(GOOD, 0o646), "must belong to root"),
+    "run_as_user's own": (written(GOOD, 0o644, "postfix"), "must belong to root"),
+    "another user's": (written(GOOD, 0o600, "nobody"), "must belong to root"),
+    "2 MB": (written(GOOD + b"#" * (2 << 20)), "is larger than 1048576 bytes"),
+    "not UTF-8": (written(GOOD + b"# \xe4\n"), "is not UTF-8"), "FIFO": (make_fifo, "is not a regular file"),
+    "directory": (pathlib.Path.mkdir, "Is a directory"), "socket": (make_socket, "No such device"),
+    "link to itself": (lambda path: path.symlink_to(path), "Too many levels"),
+    "link to a FIFO": (lambda path: (make_fifo(path.with_suffix(".fifo")), path.symlink_to(path.with_suffix(".fifo"))),
+                       "is not a regular file"),
+    "below a file": (lambda path: (path.parent.rmdir(), path.parent.touch()), "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("why", UNTRUSTED)
+def test_a_settings_file_that_cannot_be_trusted_or_read_is_one_line(why: str, directory: pathlib.Path,
+                                                                    make_milter: Callable) -> None:
+    """It is not believed in part, nor passed over."""
+    conf = directory / "place/milter.conf"
+    conf.parent.mkdir()
+    make, rule = UNTRUSTED[why]
+    make(conf)
+    (line,) = problems(make_milter(settings_file=str(conf)))
+    assert line.startswith(f"settings_file = {str(conf)!r}: ") and rule in line
+
+
+def test_a_settings_file_that_whoever_starts_it_may_not_read_is_one_line(conf: pathlib.Path,
+                                                                         make_milter: Callable) -> None:
+    """As postfix, a file that is for root's eyes is no reason to start with other settings."""
+    written(GOOD, 0o600)(conf)
+    (line,) = problems(make_milter(user="postfix", settings_file=str(conf)))
+    assert line.startswith(f"settings_file = {str(conf)!r}: ") and "Permission denied" in line
+
+
+@given(st.lists(st.one_of(st.text(), st.sampled_from(sorted(ms.DEFAULTS)).flatmap(
+    lambda name: st.one_of(st.text(), st.integers().map(repr), st.lists(st.text()).map(repr)).map(
+        lambda value: f"{name} = {value}")))))
+def test_each_line_of_a_settings_file_is_taken_or_named_and_none_is_both(lines: list[str]) -> None:
+    """Whatever stands in it, nothing but settings changes."""
+    text = "\n".join(lines).encode("utf-8", "replace")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(text)
+        file.flush()
+        values = {**ms.DEFAULTS, "settings_file": file.name}
+        sources, said = ms.take_settings_file(values)
+    meant = [line for line in text.decode().split("\n") if line.strip() and not line.lstrip().startswith("#")]
+    taken = list(sources.values())
+    assert len(taken) + len(said) == len(meant) and set(values) == set(ms.DEFAULTS)
+    assert all(line.startswith(f"{file.name}, line ") for line in taken + said)
 
 
 # --- who and where --------------------------------------------------------------------------------------------
@@ -258,9 +453,10 @@ def test_the_service_manager_is_told_when_the_socket_accepts(abstract: bool, mak
         if not abstract:
             os.chmod(name, 0o777)
         milter = make_milter(env={"NOTIFY_SOCKET": "@" + name if abstract else name}).start(wait=False)
-        ready, status = manager.recv(1000).split(b"\n")
-        assert ready == b"READY=1" and status.startswith(b"STATUS=version ") and b"users from sock_diag" in status
-        assert milter.accepts()
+        ready, status = manager.recv(1000).decode().split("\n")
+        assert ready == "READY=1" and milter.accepts()
+    assert status.startswith(f"STATUS=version {ms.VERSION}: users from sock_diag; programs through the helper")
+    assert milter.lines(f"INFO {status[7:]}"), "the log has the same words"
 
 
 def test_a_service_manager_that_is_gone_stops_nothing(make_milter: Callable) -> None:
