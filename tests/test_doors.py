@@ -220,6 +220,73 @@ def test_a_before_queue_filter_hides_the_message_from_the_milter(doors: types.Si
     assert len(doors.milter.lines("action=")) == seen
 
 
+# --- what else listens ------------------------------------------------------------------------------------------
+
+POSTSCREEN = ["smtpd pass - - n - - smtpd", "dnsblog unix - - n - 0 dnsblog", "tlsproxy unix - - n - 0 tlsproxy"]
+
+
+@pytest.mark.parametrize("access", ["permit_mynetworks", ""], ids=["local clients let through", "everybody tested"])
+def test_behind_postscreen_the_client_is_named(access: str, users: Any) -> None:
+    """It hands the connection on to smtpd, at once or after it has waited for whoever talks before the greeting."""
+    port = free_port()
+    settings = {"postscreen_access_list": access, "postscreen_greet_wait": "1s", "postscreen_cache_map": ""}
+    with Postfix(main_cf=settings, master=[f"{port} inet n - n - 1 postscreen", *POSTSCREEN]) as postfix, \
+            Milter(postfix):
+        for n, user in enumerate(("mst-alice", "mst-bob"), 1):
+            assert run_as(user, smtp(port)).returncode == 0, postfix.log()
+            assert headers(postfix, n)[-1] == [tag(user, "python3")]
+        wait_for(lambda: ("PASS NEW" if not access else "ALLOWLISTED") in postfix.log().replace("WHITE", "ALLOW"))
+
+
+UNIX_CLIENT = """
+import socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+lines = sock.makefile("rw", newline="\\r\\n")
+print(lines.readline())
+for line in ["HELO client", "MAIL FROM:<from@example.org>", "RCPT TO:<to@example.org>", "DATA",
+             "Subject: unix\\r\\n\\r\\nbody\\r\\n.", "QUIT"]:
+    lines.write(line + "\\r\\n")
+    lines.flush()
+    print(lines.readline())
+"""
+
+
+@pytest.mark.parametrize("action, reply", [("accept", "250 2.0.0 Ok: queued"), ("reject", "550 5.7.1 Sender process")])
+def test_on_a_unix_socket_of_the_mtas_the_client_is_unknown(action: str, reply: str, make_mail: Callable,
+                                                            users: Any) -> None:
+    """The MTA has no address to announce; unidentified_action applies."""
+    mail = make_mail({"master": ["smtpsock unix n - n - - smtpd"]}, unidentified_action=action)
+    path = f"{mail.postfix.directory}/queue/public/smtpsock"
+    may_enter = {**identity("mst-alice"), "extra_groups": [grp.getgrnam("postdrop").gr_gid]}
+    sent = subprocess.run([PYTHON, "-c", UNIX_CLIENT, path], capture_output=True, text=True, timeout=60, **may_enter)
+    assert reply in sent.stdout, sent.stdout + sent.stderr
+    assert mail.milter.wait_lines("action=")[0].endswith(" lookup=closed")
+    if action == "accept":
+        assert headers(mail.postfix) == [["user=? program=?"]]
+
+
+# --- one connection, announced more than once -------------------------------------------------------------------
+
+XCLIENT = """
+import smtplib, sys
+with smtplib.SMTP("127.0.0.1", int(sys.argv[1]), "client") as session:
+    session.ehlo()
+    for name in "one", "two":
+        assert session.docmd("XCLIENT NAME=" + name + ".example.org")[0] == 220
+        session.ehlo()
+        session.sendmail("from@example.org", ["to@example.org"], "Subject: " + name + "\\n\\nbody\\n")
+"""
+
+
+def test_a_client_that_is_announced_again_under_another_name_is_named(make_mail: Callable, users: Any) -> None:
+    """XCLIENT NAME= leaves its address and port as they are."""
+    mail = make_mail({"main_cf": {"smtpd_authorized_xclient_hosts": "127.0.0.1"}})
+    sent = run_as("mst-alice", [PYTHON, "-c", XCLIENT, str(mail.postfix.port)])
+    assert sent.returncode == 0, sent.stderr + mail.postfix.log()
+    assert headers(mail.postfix, 2) == [[tag("mst-alice", "python3")]] * 2
+
+
 # --- only local clients, and other milters ----------------------------------------------------------------------
 
 def test_smtpd_milter_maps_keeps_remote_mail_away_from_the_milter(make_mail: Callable, users: Any,

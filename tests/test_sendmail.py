@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import pathlib
+import smtplib
 import socket
+import subprocess
 from typing import Iterator
 
 import pytest
 
-from mta import Milter, as_user, free_port, has_ipv6, run_as, smtp, tag, wait_for
+from mta import PYTHON, Milter, as_user, free_port, has_ipv6, run_as, smtp, tag, wait_for
 from sendmail import Sendmail
 
 HEADER = "X-Sender-Process-Info"
@@ -153,6 +155,32 @@ def test_sendmail_1_of_a_blocked_user_is_refused_unless_it_is_queued(sendmail: S
         message = sendmail.wait_messages(1)[0]
     assert message.get_all(HEADER) == [tag("mail", "sendmail")]  # mail stands for Debian's smmsp
     assert "(from mst-alice@localhost)" in message.get_all("Received")[-1]
+
+
+STARTTLS = """
+import smtplib, ssl, sys
+with smtplib.SMTP("127.0.0.1", int(sys.argv[1]), "client") as session:
+    session.starttls(context=ssl._create_unverified_context())
+    for number in range(2):
+        session.sendmail("from@example.org", ["to@example.org"], "Subject: tls\\n\\nbody\\n")
+"""
+
+
+def test_after_starttls_mail_is_tagged_with_user_and_program(possible: None, tmp_path: pathlib.Path) -> None:
+    """Every message of the session."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=mail.example.org",
+                    "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    key.chmod(0o600)
+    lines = [f"define(`confSERVER_CERT', `{certificate}')dnl", f"define(`confSERVER_KEY', `{key}')dnl",
+             f"define(`confCACERT', `{certificate}')dnl", f"define(`confCACERT_PATH', `{tmp_path}')dnl"]
+    with Sendmail(lines=lines) as sendmail, Milter(sendmail.directory):
+        with smtplib.SMTP("127.0.0.1", sendmail.port, "client") as session:
+            session.ehlo()
+            if not session.has_extn("starttls"):
+                pytest.skip(f"Sendmail has no TLS here: {sendmail.log()}")
+        assert run_as("mst-alice", [PYTHON, "-c", STARTTLS, str(sendmail.port)]).returncode == 0, sendmail.log()
+        assert headers(sendmail, 2) == [[tag("mst-alice", "python3")]] * 2
 
 
 # --- the socket in the wrong place or with the wrong mode: the lines that README.md's Troubleshooting quotes -----
