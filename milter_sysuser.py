@@ -184,9 +184,10 @@ NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
 NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
 INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
 RTM_GETROUTE, RTA_DST, RTN_LOCAL = 26, 1, 2
-TCPI_BYTES_RECEIVED = 128  # offset in struct tcp_info, since Linux 4.1
+TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, since Linux 4.1, 4.19
 # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
+ESTABLISHED = 1
 STATES_MASK = sum(1 << state for state in STATES)
 LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
 # What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
@@ -626,6 +627,8 @@ class Diag(NamedTuple):
     cookie: int  # the kernel's number of this one socket, never used again
     cgroup: int  # inode number of the cgroup v2 directory; 0: the kernel does not say (before 5.8)
     read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
+    received: int  # 0 before Linux 4.1
+    sent: int  # 0 before Linux 4.19
 
 
 def endpoint(address: str, port: int) -> Endpoint:
@@ -680,12 +683,26 @@ class KernelLookup:
                             client, server, interface, mta_end.read)
 
     def find_redirected(self, client: Endpoint, mta_end: Diag) -> tuple[int, Optional[Diag], str]:
-        """Ask for the client's end by what it dialled before a NAT rule changed that; or say why not."""
+        """Ask for the client's end by what it dialled before a NAT rule changed that; or say why not.
+
+        NAT changes a source port, too, where two connections would else be the same. It may then be
+        that of somebody who dialled the same and was not redirected. So of all sockets that dialled
+        it and have received as much as the MTA has sent, none may be another user's. While the
+        MTA's end is established, the client's has not been closed and is among them.
+        """
         dialled = self.dialled(mta_end)
         if isinstance(dialled, str):
             return 0, None, dialled
         interface, client_end = self.find_on_any_device(client, dialled)
-        return interface, client_end, why_no_owner(client_end, mta_end)
+        uids = {diag.uid for address in (b"\0" * 4, b"\0" * 16)
+                for diag in dump_sockets(Endpoint(address, 0), Endpoint(b"", dialled.port))
+                if diag.destination == dialled and diag.inode and diag.received == mta_end.sent}
+        now, why = self.find(mta_end.source, client, LOOPBACK), why_no_owner(client_end, mta_end)
+        if now is None or now.state != ESTABLISHED:
+            why = "closed"
+        elif client_end and uids != {client_end.uid}:
+            why = "reused"
+        return interface, client_end, why
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
@@ -812,15 +829,18 @@ def read_diag(body: bytes) -> Diag:
             address = address[12:]
         ends.append(Endpoint(address, int.from_bytes(port, "big")))
     cookie, _, unread, _, uid, inode = struct.unpack_from("=QIIIII", body, 44)
-    cgroup, read, at = 0, 0, 72
+    cgroup, read, received, sent, at = 0, 0, 0, 0, 72
     while at + 4 <= len(body):
         size, kind = struct.unpack_from("=HH", body, at)
         if kind == INET_DIAG_CGROUP_ID:
             cgroup = struct.unpack_from("=Q", body, at + 4)[0]
         elif kind == INET_DIAG_INFO and size >= 4 + TCPI_BYTES_RECEIVED + 8:
-            read = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0] - unread
+            received = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0]
+            read = received - unread
+            if size >= 4 + TCPI_BYTES_SENT + 8:
+                sent = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_SENT)[0]
         at += max((size + 3) & ~3, 4)
-    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, read)
+    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, read, received, sent)
 
 
 def why_no_owner(client_end: Optional[Diag], mta_end: Optional[Diag]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -91,6 +92,12 @@ if sys.argv[1].endswith("9"):
     sock.recv(100)
 print("connected", flush=True)
 sys.stdin.read()
+"""
+HASTY = r"""
+import socket, sys
+sock = socket.create_connection((sys.argv[1], 25))
+sock.sendall(b"EHLO client\r\nMAIL FROM:<from@example.org>\r\nRCPT TO:<to@example.org>\r\nDATA\r\n"
+             b"Subject: hasty\r\n\r\nbody\r\n.\r\nQUIT\r\n")
 """
 
 
@@ -251,6 +258,40 @@ def test_whoever_has_the_same_port_to_another_server_is_not_named(family: str, n
         net.send("mst-alice", "--dial", addresses.far, "--bind-port", port)
     assert net.headers() == [["user=mst-alice program=python3"]]
     assert f":{port}" in net.milter.lines("action=")[-1]
+
+
+@pytest.mark.parametrize("server", ["far", "other"])
+def test_whoever_has_the_port_that_nat_gave_a_client_is_not_named(server: str, family: str, net: Net) -> None:
+    """NAT gives one where two connections would be the same; mst-bob has it to the same server, not redirected.
+
+    A user can have NAT do so, by two connections from one port to two servers. The second rule makes it certain.
+    """
+    addresses, port, bob = FAMILIES[family], str(mta.free_port()), pwd.getpwnam("mst-bob").pw_uid
+    net.rules(net.chain(family, "output", -100, f"skuid != {bob} tcp dport 25 redirect to :{{port}}")
+              + net.chain(family, "postrouting", 100, f"tcp dport {{port}} snat to {{own}}:{port}"))
+    with net.held("mst-bob", getattr(addresses, server), port):
+        net.send("mst-alice", "--dial", getattr(addresses, server))
+    assert net.headers() == [["user=? program=?"]]
+    line = net.milter.lines("action=")[-1]
+    assert f":{port}" in line and "mst-" not in line and re.search(" lookup=(reused|redirected)$", line)
+
+
+def test_a_redirected_client_that_has_left_is_unknown(family: str, net: Net, sees_others: None) -> None:
+    """It says everything before it is greeted and closes; its orphan does not tell what it has received."""
+    port, bob = str(mta.free_port()), pwd.getpwnam("mst-bob").pw_uid
+    net.rules(net.chain(family, "output", -100, f"skuid != {bob} tcp dport 25 redirect to :{{port}}")
+              + net.chain(family, "postrouting", 100, f"tcp dport {{port}} snat to {{own}}:{port}"))
+    os.kill(net.milter.pid, signal.SIGSTOP)
+    try:
+        with net.held("mst-bob", FAMILIES[family].other, port):
+            hasty = net.host.as_user("mst-alice", [PYTHON, "-c", HASTY, FAMILIES[family].other])
+            assert hasty.communicate(timeout=60) == ("", "")
+            os.kill(net.milter.pid, signal.SIGCONT)
+            assert net.headers() == [["user=? program=?"]]
+    finally:
+        os.kill(net.milter.pid, signal.SIGCONT)
+    line = net.milter.lines("action=")[-1]
+    assert "mst-" not in line and line.endswith(" lookup=closed")
 
 
 def test_a_blocked_user_who_is_redirected_is_refused(family: str, net: Net, sees_others: None) -> None:
