@@ -366,10 +366,15 @@ class SysuserMilter(Base):  # type: ignore[misc]
         connection, the MTA reads nothing from it before it has announced that connection, too; then
         two sessions claim it, and what was read until then is believed for neither. (One session of
         the MTA can announce a connection twice, by XCLIENT or where the milter is listed twice; the
-        message then has one queue id in both.)
+        message then has one queue id in both, from DATA on, which one may take note of later.)
         """
-        strangers = [rival for rival in self.rivals
-                     if not rival.queue_id or rival.queue_id != self.queue_id]
+        deadline = time.monotonic() + (HELPER_SECONDS if self.queue_id else 0.0)
+        while True:
+            strangers = [rival for rival in self.rivals
+                         if not rival.queue_id or rival.queue_id != self.queue_id]
+            if not strangers or time.monotonic() >= deadline:
+                break
+            time.sleep(0.002)
         if self.confirmed and not strangers:
             return ""
         self.confirmed = False
@@ -377,6 +382,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if cookie != owner.cookie:
             return "reused" if cookie else "closed"
         if strangers:
+            if not self.queue_id:
+                return "reused"
             self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
             self.rivals = [rival for rival in self.rivals if not rival.ended]
             return "reused"

@@ -287,6 +287,14 @@ def test_a_client_that_is_announced_again_under_another_name_is_named(make_mail:
     assert headers(mail.postfix, 2) == [[tag("mst-alice", "python3")]] * 2
 
 
+def test_where_the_milter_is_listed_twice_each_message_is_named_once(make_mail: Callable, users: Any) -> None:
+    """The second one removes the first one's header as it does any other's, and writes its own."""
+    mail = make_mail({"main_cf": {"smtpd_milters": f"{MILTER}, {MILTER}"}}, blocked_mailusers=["mst-bob"])
+    assert run_as("mst-alice", smtp(mail.postfix.port, "--messages", "20")).returncode == 0
+    assert headers(mail.postfix, 20) == [[tag("mst-alice", "python3")]] * 20
+    assert "550 5.7.1 User mst-bob is blocked" in run_as("mst-bob", smtp(mail.postfix.port)).stdout
+
+
 # --- only local clients, and other milters ----------------------------------------------------------------------
 
 def test_smtpd_milter_maps_keeps_remote_mail_away_from_the_milter(make_mail: Callable, users: Any,
