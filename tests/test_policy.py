@@ -511,6 +511,26 @@ def test_what_is_delegated_to_root_is_nobody_elses(make_milter: Callable, users:
         assert send(milter, 700000100) == "user=? program=?"
 
 
+def test_in_a_container_users_are_named_and_blocked_but_for_who_stands_for_others(
+        make_milter: Callable, container: Callable, users: types.SimpleNamespace) -> None:
+    """An unprivileged one: nobody's uid is also what the kernel gives for every uid of the host that is not the container's."""
+    milter = make_milter(blocked_mailusers=["mst-bob", 65534], **container(65536)).start()
+    assert send(milter, 100000 + users.alice.pw_uid).startswith("user=mst-alice ")
+    assert send(milter, 100000 + users.bob.pw_uid) == refused("mst-bob")
+    for uid in 100000 + 65534, users.alice.pw_uid:
+        assert send(milter, uid) == "user=? program=?"
+    assert len(milter.wait_lines("lookup=error", 2)) == 2
+    assert not milter.lines("ERROR")
+
+
+def test_in_a_container_with_few_users_it_does_not_start(make_milter: Callable, container: Callable) -> None:
+    """It would not tell them apart."""
+    milter = make_milter(**container(65535))
+    assert milter.run() == ms.EX_FAILED
+    (line,) = milter.lines()
+    assert "ERROR this user namespace maps too few uids to tell users apart" in line
+
+
 @pytest.mark.parametrize("said_at", ["closed", "open"])
 def test_a_delegated_uid_is_blocked_by_its_number(said_at: str) -> None:
     """Whether the owner is to be believed in the end or not: the number in the list is what the kernel said."""
