@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import pathlib
+import pwd
 import shutil
 import signal
+import tempfile
 import types
 from typing import Any, Callable, Iterator, Mapping, Optional
 
@@ -94,6 +96,21 @@ def sudo_works(proc_shown: None) -> None:
         pytest.skip("sudo or lsof is not installed")
     if "NoNewPrivs:\t1" in pathlib.Path("/proc/self/status").read_text():
         pytest.skip("no_new_privs: sudo does not work here")
+
+
+@pytest.fixture
+def container(root: None) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """Give the options of a milter in an unprivileged container with that many uids, which are the host's from 100000."""
+    with tempfile.TemporaryDirectory(prefix="milter-test.") as name:
+        os.chmod(name, 0o755)
+        os.chown(name, 100000 + pwd.getpwnam("postfix").pw_uid, -1)
+
+        def options(uids: int) -> dict[str, Any]:
+            prefix = mta.user_namespace(uids)
+            if prefix is None:
+                pytest.skip("no user namespace with a map of uids can be made here")
+            return {"prefix": prefix, "socketname": f"{name}/milter.sock"}
+        yield options
 
 
 @pytest.fixture(scope="session")

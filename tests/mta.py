@@ -150,6 +150,36 @@ def without_netlink(refusal: int) -> Optional[list[str]]:
     return prefix if f"[Errno {refusal}]" in tried.stderr else None
 
 
+# A user namespace in which so many uids and gids, from 0 up, are the host's from 100000 up; its root runs a command.
+USER_NAMESPACE = """
+import ctypes, os, sys
+ready, go = os.pipe()
+child = os.fork()
+if child == 0:  # who writes the maps has to stay outside
+    os.close(go)
+    if os.read(ready, 1):
+        for name in "uid_map", "gid_map":
+            with open("/proc/%d/%s" % (os.getppid(), name), "w") as file:
+                file.write("0 100000 " + sys.argv[1])
+    os._exit(0)
+if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+    sys.exit("no user namespace")
+os.write(go, b"x")
+if os.waitpid(child, 0)[1]:
+    sys.exit("no uid map")
+os.setgroups([])
+os.setresgid(0, 0, 0)
+os.setresuid(0, 0, 0)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def user_namespace(uids: int) -> Optional[list[str]]:
+    """Give a prefix for commands in a container with that many uids, the host's from 100000; None if there can be none."""
+    prefix = [PYTHON, "-c", USER_NAMESPACE, str(uids)]
+    return None if subprocess.run([*prefix, "true"], capture_output=True).returncode else prefix
+
+
 def tag(user: str, program: str) -> str:
     """Give the header of a message of that user and program; the program is unknown where none can be seen."""
     return f"user={user} program={program if can_see_others() else '?'}"

@@ -697,6 +697,26 @@ def test_what_is_delegated_to_root_is_nobody_elses(make_milter: Callable, users:
         assert send(milter, 700000100) == "user=? program=?"
 
 
+def test_in_a_container_users_are_named_and_blocked_but_for_who_stands_for_others(
+        make_milter: Callable, container: Callable, users: types.SimpleNamespace) -> None:
+    """An unprivileged one: nobody's uid is also what the kernel gives for every uid of the host that is not the container's."""
+    milter = make_milter(blocked_mailusers=["mst-bob", 65534], **container(65536)).start()
+    assert send(milter, 100000 + users.alice.pw_uid).startswith("user=mst-alice ")
+    assert send(milter, 100000 + users.bob.pw_uid) == refused("mst-bob")
+    for uid in 100000 + 65534, users.alice.pw_uid:
+        assert send(milter, uid) == "user=? program=?"
+    assert len(milter.wait_lines("lookup=error", 2)) == 2
+    assert not milter.lines("ERROR")
+
+
+def test_in_a_container_with_few_users_it_does_not_start(make_milter: Callable, container: Callable) -> None:
+    """It would not tell them apart."""
+    milter = make_milter(**container(65535))
+    assert milter.run() == ms.EX_FAILED
+    (line,) = milter.lines()
+    assert "ERROR this user namespace maps too few uids to tell users apart" in line
+
+
 @pytest.mark.parametrize("said_at", ["closed", "open"])
 def test_a_delegated_uid_is_blocked_by_its_number(said_at: str) -> None:
     """Whether the owner is to be believed in the end or not: the number in the list is what the kernel said."""
@@ -768,6 +788,7 @@ SLOW = r'''
 #include <pwd.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /* Note the question in $NSS_SLOW/log, and wait up to 10 s while there is a file $NSS_SLOW/slow. */
@@ -793,6 +814,23 @@ enum nss_status _nss_slow_getpwuid_r(uid_t uid, struct passwd *p, char *b, size_
 enum nss_status _nss_slow_getgrnam_r(const char *name, struct group *g, char *b, size_t n, int *e) {
     return slow("group", name);
 }
+/* Give the groups that $NSS_SLOW/nested has for a user, in lines of name and gid: no other question shows them. */
+enum nss_status _nss_slow_initgroups_dyn(const char *name, gid_t first, long *used, long *size, gid_t **groups,
+                                         long limit, int *e) {
+    char path[4096], member[100];
+    unsigned gid;
+    slow("groups", name);
+    snprintf(path, sizeof path, "%s/nested", getenv("NSS_SLOW"));
+    FILE *nested = fopen(path, "r");
+    if (!nested) return NSS_STATUS_NOTFOUND;
+    while (fscanf(nested, "%99s %u", member, &gid) == 2) {
+        if (strcmp(member, name)) continue;
+        if (*used == *size) *groups = realloc(*groups, (*size *= 2) * sizeof **groups);
+        (*groups)[(*used)++] = gid;
+    }
+    fclose(nested);
+    return NSS_STATUS_SUCCESS;
+}
 '''
 # Switch to the directory's nsswitch.conf, and away from nscd, which answers as the host has it.
 SWITCH = ('mount --bind "$0/nsswitch.conf" /etc/nsswitch.conf && '
@@ -812,6 +850,7 @@ class Directory:
         (path / "slow.c").write_text(SLOW)
         subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path / "libnss_slow.so.2", path / "slow.c"], check=True)
         self.people, self.members = dict(PEOPLE), ["mst-trent"]
+        self.groups = {"mst-nested": 42501, "domain users": 42502}  # that list no members
         self.log.touch()
         self.log.chmod(0o666)  # the milter's user writes to it
         self.up()
@@ -819,7 +858,9 @@ class Directory:
     def up(self) -> None:
         """Let it answer."""
         lines = [f"{name}:x:{uid}:{uid}::/:/bin/sh\n" for name, uid in self.people.items()]
-        replace(self.path / "users/group", f"mst-fired:x:42500:{','.join(self.members)}\n")
+        groups = [f"mst-fired:x:42500:{','.join(self.members)}\n"]
+        groups += [f"{name}:x:{gid}:\n" for name, gid in self.groups.items()]
+        replace(self.path / "users/group", "".join(groups))
         replace(self.path / "users/passwd", "".join(lines))
 
     def down(self) -> None:
@@ -1016,3 +1057,116 @@ def test_the_first_message_after_a_quiet_time_meets_the_groups_as_they_are(direc
     quiet = ms.time.monotonic() + 0.3
     mta.wait_for(lambda: ms.time.monotonic() > quiet, what="a quiet time")
     assert send(milter, PEOPLE["mst-eve"]) == refused("mst-eve")
+
+
+def test_a_group_of_thousands_is_refused_from_the_first_message_on(directory: Directory, served: Callable) -> None:
+    """Its members are never listed, which takes seconds; whoever sends is asked for his groups."""
+    crowd = {f"mst-member{n}": 43000 + n for n in range(3000)}
+    directory.people.update(crowd)
+    directory.members = list(crowd)
+    directory.up()
+    milter = served("@mst-fired", refresh=0.2)
+    assert send(milter, 45999) == refused("mst-member2999")
+    assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
+    asked = directory.asked("end uid 45999")
+
+    def refuses() -> bool:
+        """Have one refused who is known, and say whether the directory has been asked for him anew three times."""
+        assert send(milter, 45999) == refused("mst-member2999")
+        return directory.asked("end uid 45999") >= asked + 3
+    mta.wait_for(refuses, what="the groups to be asked for anew")
+    assert send(milter, 43000) == refused("mst-member0")
+
+
+def test_a_group_that_lists_no_members_is_refused(directory: Directory, served: Callable) -> None:
+    """As with nested groups, and with a directory that does not list any: only the user's own groups show it."""
+    (directory.path / "nested").write_text("mst-eve 42501\n")
+    milter = served("@mst-nested")
+    assert send(milter, PEOPLE["mst-eve"]) == refused("mst-eve")
+    assert send(milter, PEOPLE["mst-trent"]).startswith("user=mst-trent ")
+
+
+@pytest.mark.parametrize("by", ["list", "file"])
+@pytest.mark.parametrize("entry", ["@domain users", '@"domain users"', "DOM\\John Doe", '"DOM\\x5cJohn Doe"'])
+def test_names_with_blanks_and_backslashes_are_entries(entry: str, by: str, directory: Directory, served: Callable) -> None:
+    """Of users and of groups, as the directory has them or as the log quotes them."""
+    directory.people["DOM\\John Doe"] = 42404
+    directory.up()
+    (directory.path / "nested").write_text("mst-trent 42502\n")
+    milter = served(entry, "mst-mallory") if by == "file" else served(blocked_mailusers=[entry])
+    user = entry.startswith("@")
+    assert send(milter, 42404).startswith('user="DOM\\x5cJohn Doe" ' if user else refused('"DOM\\x5cJohn Doe"'))
+    assert send(milter, PEOPLE["mst-trent"]).startswith(refused("mst-trent") if user else "user=mst-trent ")
+    assert not milter.lines("ERROR")
+
+
+def test_a_name_pasted_from_the_log_is_an_entry(directory: Directory, served: Callable) -> None:
+    """With the quotes that it has there."""
+    directory.people["DOM\\John Doe"] = 42404
+    directory.up()
+    milter = served()
+    send(milter, 42404)
+    (name,) = re.findall('user=("[^"]*")', milter.wait_lines("action=tag")[0])
+    assert name == '"DOM\\x5cJohn Doe"'
+    replace(milter.path, f"{name}\n")
+    assert send(milter, 42404) == refused(name)
+
+
+def test_digits_that_are_a_users_name_block_user_and_uid_and_say_so(directory: Directory, served: Callable) -> None:
+    """Which of the two was meant, nobody can tell."""
+    directory.people["1234567"] = 42405
+    directory.up()
+    milter = served("1234567", "7654321")
+    assert send(milter, 42405) == send(milter, 1234567) == refused(1234567)
+    assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
+    (line,) = milter.lines("WARNING blocked_mailusers:")
+    assert "1234567 is a uid and also the name of a user; both are meant" in line
+    assert milter.log().index(line) < milter.log().index("listening on")
+
+
+# --- accounts that change -------------------------------------------------------------------------------------------
+
+def system(*command: str) -> None:
+    """Run one of the system's commands for accounts."""
+    subprocess.run(command, check=True, capture_output=True, env={"PATH": mta.SYSTEM_PATH})
+
+
+def settle() -> None:
+    """Wait until nothing waits for an answer to a question of the start."""
+    settled = time.monotonic() + ms.FIRST_SECONDS
+    mta.wait_for(lambda: time.monotonic() > settled, what="the start to be over")
+
+
+@pytest.fixture
+def gone(users: types.SimpleNamespace) -> Iterator[int]:
+    """Make the user mst-gone, and give his uid, which mst-heir can get."""
+    yield mta.add_user("mst-gone").pw_uid
+    for name in "mst-gone", "mst-heir":
+        mta.remove_user(name)
+
+
+def test_who_gets_a_deleted_users_uid_is_named_with_the_next_message(gone: int, make_milter: Callable) -> None:
+    """And is not refused for him who had it before."""
+    milter = make_milter(blocked_mailusers=["mst-gone"]).start()
+    settle()
+    assert send(milter, gone) == refused("mst-gone")
+    mta.remove_user("mst-gone")
+    system("useradd", "--no-create-home", "--uid", str(gone), "mst-heir")
+    assert send(milter, gone).startswith("user=mst-heir ")
+    assert not milter.lines("user=mst-gone")[1:]
+
+
+def test_a_listed_group_that_is_made_later_is_refused_with_the_next_message(gone: int, make_milter: Callable) -> None:
+    """Also if it is made anew with another gid."""
+    milter = make_milter(blocked_mailusers=["@mst-later"]).start()
+    settle()
+    assert send(milter, gone).startswith("user=mst-gone ")
+    try:
+        for gid in 59001, 59002:
+            system("groupadd", "--gid", str(gid), "mst-later")
+            system("usermod", "--append", "--groups", "mst-later", "mst-gone")
+            assert send(milter, gone) == refused("mst-gone")
+            system("groupdel", "mst-later")
+        assert send(milter, gone).startswith("user=mst-gone ")
+    finally:
+        subprocess.run(["groupdel", "mst-later"], check=False, capture_output=True, env={"PATH": mta.SYSTEM_PATH})

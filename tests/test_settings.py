@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import glob
 import itertools
 import os
@@ -471,20 +470,41 @@ def test_a_service_manager_that_is_gone_stops_nothing(make_milter: Callable) -> 
 
 # --- what it takes to run -------------------------------------------------------------------------------------
 
+def link_packages(directory: pathlib.Path, which: str) -> None:
+    """Put links to installed packages there."""
+    code = "import psutil; print(psutil.__path__[0])"
+    found = subprocess.run([mta.PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    for path in glob.glob(f"{pathlib.Path(found).parent}/{which}"):
+        (directory / os.path.basename(path)).symlink_to(path)
+
+
+def run_script(packages: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the script where only the packages in a directory are installed."""
+    return subprocess.run([mta.PYTHON, "-S", str(mta.SCRIPT), *arguments], capture_output=True, text=True, check=False,
+                          env={"PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"})
+
+
 @pytest.mark.parametrize("missing, there", [("Milter", "psutil*"), ("psutil", "[Mm]ilter*")])
 def test_a_missing_package_is_one_line_that_names_it(missing: str, there: str, directory: pathlib.Path) -> None:
     """And says what to install, instead of a traceback."""
-    packages = pathlib.Path(subprocess.run([mta.PYTHON, "-c", "import psutil; print(psutil.__path__[0])"],
-                                           capture_output=True, text=True, check=True).stdout.strip()).parent
-    for path in glob.glob(f"{packages}/{there}"):
-        (directory / os.path.basename(path)).symlink_to(path)
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False,
-                            env={"PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"})
+    link_packages(directory, there)
     for option, words in ("--version", "2."), ("--help", "exit status:"):
-        assert words in run([mta.PYTHON, "-S", str(mta.SCRIPT), option], ).stdout
-    ended = run([mta.PYTHON, "-S", str(mta.SCRIPT)])
+        ran = run_script(directory, option)
+        assert words in ran.stdout and (ran.returncode, ran.stderr) == (0, "")
+    ended = run_script(directory)
     assert ended.returncode == 78 and ended.stdout == ""
     assert ended.stderr.count("\n") == 1 and f"'{missing}'" in ended.stderr and "pymilter" in ended.stderr
+
+
+def test_a_pymilter_that_is_too_old_is_one_line(directory: pathlib.Path) -> None:
+    """One whose strict decoding keeps forged headers from the milter's sight; help is to be had all the same."""
+    link_packages(directory, "psutil*")
+    (directory / "Milter.py").write_text("class Base:\n    pass\n\n\ndef noreply(callback):\n    return callback\n")
+    assert "exit status:" in run_script(directory, "--help").stdout
+    for arguments in [], ["--check"]:
+        ended = run_script(directory, *arguments)
+        assert ended.returncode == 78 and ended.stdout == ""
+        assert ended.stderr.count("\n") == 1 and "pymilter is older than 1.0.5" in ended.stderr
 
 
 def test_a_python_that_is_too_old_is_one_line() -> None:

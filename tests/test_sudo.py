@@ -175,6 +175,24 @@ def test_the_rule_is_asked_for_with_the_options_that_lsof_command_has(command: l
     assert mta.run_as("postfix", argv, env=env).stdout == "False\n"
 
 
+@pytest.mark.parametrize("cure", [True, False], ids=["with its line", "without"])
+def test_a_locked_account_calls_lsof_by_the_rules_line_for_it(cure: bool, sudoers: Any) -> None:
+    """As postfix is from Postfix 3.11 on; here another user, with the rule as it is but for the name."""
+    text, line = EXAMPLE.read_text().replace("postfix", "mst-locked"), "Defaults:mst-locked !pam_acct_mgmt\n"
+    assert line in text
+    try:
+        mta.add_user("mst-locked")
+        sudoers(text if cure else text.replace(line, ""))
+        assert "account" not in mta.run_as("mst-locked", ["sudo", "-n", LSOF, *ALLOWED]).stderr
+        subprocess.run(["usermod", "--lock", "--expiredate", "1", "mst-locked"], check=True, capture_output=True,
+                       env={"PATH": mta.SYSTEM_PATH})
+        for options in [], ["-l"]:
+            ran = mta.run_as("mst-locked", ["sudo", "-n", *options, LSOF, *ALLOWED])
+            assert ("account validation failure" in ran.stderr) is not cure, ran
+    finally:
+        mta.remove_user("mst-locked")
+
+
 # --- the milter with the rule -----------------------------------------------------------------------------------
 
 def test_the_program_is_named_through_sudo(rule: None, make_mail: Any, users: Any, sees_others: None) -> None:
