@@ -1554,7 +1554,7 @@ class Finder:
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
         self.recent: dict[int, list[int]] = {}  # by uid: processes that had a socket of his lately
-        self.paused_until: dict[int, float] = {}  # by uid: a time on the monotonic clock
+        self.paused_until: dict[Any, float] = {}  # by user: a time on the monotonic clock
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
         self.deadline, self.links, self.denied = 0.0, 0, False
@@ -1569,7 +1569,10 @@ class Finder:
 
     def _search(self, uid: int, inode: int, cgroup: int, answer: Callable[[int, int, str], Facts]) -> Facts:
         now = time.monotonic()
-        if self.paused_until.get(uid, 0.0) > now:
+        payer: Any = uid
+        with contextlib.suppress(OSError, ValueError):  # whoever has many uids delegated pays as one
+            payer = min(delegated_to(uid), default=uid)
+        if self.paused_until.get(payer, 0.0) > now:
             return {"why": "busy"}
         self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
         self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
@@ -1582,7 +1585,7 @@ class Finder:
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     return self._through_directory(*found, answer)
         except BusyError:
-            self.paused_until[uid] = time.monotonic() + PAUSE_SECONDS
+            self.paused_until[payer] = time.monotonic() + PAUSE_SECONDS
             return {"why": "busy"}
         except OSError:
             pass
