@@ -316,7 +316,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     @noreply  # type: ignore[untyped-decorator]
     def header(self, name: str, value: str) -> int:
-        """Note a header that only we may write, also behind a bare CR: some take that for a line's end."""
+        """Note a header that only we may write, also behind a bare CR, which some take for a line's end."""
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
         if "\r" in value or "\r" in name:
@@ -366,15 +366,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         connection, the MTA reads nothing from it before it has announced that connection, too; then
         two sessions claim it, and what was read until then is believed for neither. (One session of
         the MTA can announce a connection twice, by XCLIENT or where the milter is listed twice; the
-        message then has one queue id in both, from DATA on, which one may take note of later.)
+        message then has one queue id in both, from DATA on.)
         """
-        deadline = time.monotonic() + (HELPER_SECONDS if self.queue_id else 0.0)
-        while True:
-            strangers = [rival for rival in self.rivals
-                         if not rival.queue_id or rival.queue_id != self.queue_id]
-            if not strangers or time.monotonic() >= deadline:
-                break
-            time.sleep(0.002)
+        strangers = self.strangers()
         if self.confirmed and not strangers:
             return ""
         self.confirmed = False
@@ -389,6 +383,18 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return "reused"
         self.confirmed = mta_bytes_read > owner.mta_bytes_read
         return "" if self.confirmed else "reused"
+
+    def strangers(self) -> list[SysuserMilter]:
+        """Give the rivals that are not known to be the same session of the MTA's.
+
+        One that is may take note of the queue id a moment later than this one, which is waited for.
+        """
+        deadline = time.monotonic() + (HELPER_SECONDS if self.queue_id else 0.0)
+        while True:
+            found = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
+            if not found or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.002)
 
     def identify(self) -> Sender:
         """Say who sent the message; or why that is not known, and who it may have been."""
@@ -474,7 +480,7 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
 
 # ---------------------------------------------------------------------------------- values, the log
 class Endpoint(NamedTuple):
-    """One end of a TCP connection; a v4-mapped address is stored as the four bytes it stands for."""
+    """One end of a TCP connection; a v4-mapped address is the four bytes it stands for."""
 
     address: bytes
     port: int
@@ -519,7 +525,7 @@ class Sender(NamedTuple):
     holder: Optional[Account] = None  # who has the socket, if that is somebody else
 
     def values(self, fields: Iterable[str]) -> list[tuple[str, Any]]:
-        """Give the fields of a header or a log line with their values, None where one is unknown."""
+        """Give the fields of a header or log line with their values, None where one is unknown."""
         account = self.account
         user = (account.name or account.uid) if account else None
         known = {**self.facts, "user": user, "uid": account.kernel_uid if account else None}
@@ -639,7 +645,7 @@ class Diag(NamedTuple):
 
 
 def endpoint(address: str, port: int) -> Endpoint:
-    """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError if it is none."""
+    """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
     return Endpoint(packed(address), port)
 
 
@@ -660,7 +666,7 @@ class KernelLookup:
     name = "sock_diag"
 
     def __init__(self, dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
-        """Open the sockets; dialled: says what a redirected client dialled, or why that is unknown."""
+        """Open the sockets; dialled: says what a redirected client dialled, or why not."""
         self.dialled, self.lock, self.number = dialled, threading.Lock(), 0
         self.buffer = ctypes.create_string_buffer(8192)
         self.sock_diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
@@ -690,7 +696,7 @@ class KernelLookup:
                             client, server, interface, mta_end.read)
 
     def find_redirected(self, client: Endpoint, mta_end: Diag) -> tuple[int, Optional[Diag], str]:
-        """Ask for the client's end by what it dialled before a NAT rule changed that; or say why not.
+        """Ask for the client's end by what it dialled before NAT changed that; or say why not.
 
         NAT changes a source port, too, where two connections would else be the same. It may then be
         that of somebody who dialled the same and was not redirected. So of all sockets that dialled
@@ -739,7 +745,7 @@ class KernelLookup:
         return 0, None
 
     def whole_server_end(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[Endpoint]:
-        """Read what the MTA does not say of its end from its own sockets; None if there is none, or several."""
+        """Read what the MTA does not say of its end from the kernel; None if there is none, or several."""
         port = server.port if server else 0
         if server and port and any(server.address):
             return server
@@ -752,7 +758,7 @@ class KernelLookup:
         return ends.pop() if len(ends) == 1 else None
 
     def is_local(self, address: bytes) -> bool:
-        """Tell whether an address is this host's own, by its routing table; OSError if it says nothing."""
+        """Tell whether the routing table has an address as this host's own; OSError."""
         family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
         question = struct.pack("=BB10xHH", family, 8 * len(address), 4 + len(address), RTA_DST)
         try:
@@ -764,7 +770,7 @@ class KernelLookup:
         return route[7] == RTN_LOCAL  # rtm_type of struct rtmsg
 
     def ask(self, netlink: socket.socket, kind: int, question: bytes) -> bytes:
-        """Send one request and give the body of its answer; OSError with the errno the kernel gives.
+        """Send one request and give the body of its answer; OSError as the kernel gives it.
 
         It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
         returns, and to give the lock up costs several times as much under load.
@@ -783,7 +789,7 @@ class KernelLookup:
 
 
 def dump_sockets(source: Endpoint, destination: Endpoint) -> list[Diag]:
-    """List the TCP sockets with these ports (0: any), of the source's family. Takes milliseconds."""
+    """List the TCP sockets with these ports (0: any), of the source's family; takes milliseconds."""
     question = diag_request(source, destination, 0)
     header = struct.pack("=IHHII", 16 + len(question), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 0, 0)
     found = []
@@ -801,7 +807,7 @@ def dump_sockets(source: Endpoint, destination: Endpoint) -> list[Diag]:
 
 
 def netlink_body(kind: int, body: bytes) -> bytes:
-    """Pass on the body of a message; OSError if it is an error. FileNotFoundError: no such socket."""
+    """Pass on the body of a message; OSError (FileNotFoundError: no such socket) if it is an error."""
     if kind == NLMSG_ERROR:
         code = -struct.unpack_from("=i", body)[0]
         raise OSError(code, os.strerror(code))
@@ -862,12 +868,12 @@ def why_no_owner(client_end: Optional[Diag], mta_end: Optional[Diag]) -> str:
 
 
 class PsutilLookup:
-    """Do what KernelLookup does where there is no sock_diag: slowly, with the holder for the owner."""
+    """Do what KernelLookup does, without sock_diag: slowly, with the holder for the owner."""
 
     name = "psutil (holders, not owners)"
 
     def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
-        """Say who has the client's end; None if the client is not on this host; psutil.Error, OSError."""
+        """Say who has the client's end; None if it is not on this host; psutil.Error, OSError."""
         found = [(endpoint(*one.laddr), endpoint(*one.raddr), one.pid)
                  for one in psutil.net_connections("tcp") if one.raddr]
         if server is None or not server.port or not any(server.address):
@@ -884,7 +890,7 @@ class PsutilLookup:
         return ClientSocket(None, "closed") if local or client.address[:1] == b"\x7f" else None
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
-        """Look for the holder once more. What the MTA has read cannot be known: it counts as more."""
+        """Look for the holder once more. What the MTA has read is not known: it counts as more."""
         again = self.find_client_socket(owner.client, owner.mta_end)
         return again.cookie if again else None, owner.mta_bytes_read + 1
 
@@ -900,7 +906,7 @@ def own_addresses() -> set[Any]:
 
 
 def choose_lookup(dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
-    """Try the kernel on a connection of our own; give the lookup that works, and what is wrong, or "".
+    """Try the kernel on a connection of our own; give what works, and what is wrong, or "".
 
     Raises OSError if there can be no connection.
     """
@@ -1086,7 +1092,7 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
 
 
 def look_up_name(name: str, last: Optional[int], changed: bool) -> Optional[int]:
-    """Ask NSS for the uid of a name. A directory that is down unblocks nobody: then it is the last one."""
+    """Ask NSS for the uid of a name; the last one, if a directory may be down."""
     entry = account_by_name(name)
     if entry or last is None:
         return entry.pw_uid if entry else None
@@ -1102,7 +1108,7 @@ def look_up_group(name: str, last: Optional[int], changed: bool) -> Optional[int
 
 
 def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) a uid is delegated to; [] if to root only, who can take any."""
+    """Give the users (names or numbers) a uid is delegated to; [] if to root only."""
     ranges = delegated_ranges(state_of("/etc/subuid"))
     owners = sorted({owner for first, count, owner in ranges if first <= uid < first + count})
     return owners if set(owners) - {"root", "0"} else []
@@ -1122,7 +1128,7 @@ def delegated_ranges(state: Any) -> list[tuple[int, int, str]]:
 
 
 def said_by_subuid(account: Account) -> Account:
-    """Add what /etc/subuid alone says of a uid: a name he may be blocked by, and that it is not sure."""
+    """Add what /etc/subuid alone says of a uid: a name he may be blocked by, and no more."""
     with contextlib.suppress(OSError, ValueError):
         delegates = delegated_to(account.kernel_uid)
         if delegates:
@@ -1155,7 +1161,7 @@ class UserList:
     def now(self) -> Entries:
         """Give the list as it is now.
 
-        For names that are new, or older than a change of a file of accounts, this waits, 3 s at most.
+        For names that are new, or older than a file of accounts, this waits, 3 s at most.
         """
         with self.lock:
             if self.path:
@@ -1220,13 +1226,13 @@ class UserList:
 
 
 def is_listed(account: Account, entries: Entries) -> bool:
-    """Tell whether a list has an account: by uid, also the one the kernel gave, by name or by group."""
+    """Tell whether a list has an account: by uid (also the kernel's), by name or by group."""
     return (not entries.uids.isdisjoint((account.uid, account.kernel_uid))
             or account.name in entries.names or not entries.gids.isdisjoint(account.gids))
 
 
 def may_be_listed(account: Account, entries: Entries) -> bool:
-    """Tell whether a list has an account, or may have it as NSS has not said his name and groups."""
+    """Tell whether a list has an account, or may have it as NSS has not said who he is."""
     if is_listed(account, entries):
         return True
     unsaid = bool(entries.gids or entries.unresolved or (any(entries) and not account.answered))
@@ -1264,7 +1270,7 @@ def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
 
 
 def unquoted(entry: Any) -> Any:
-    r"""Give an entry that was pasted from the log, in double quotes with some bytes as \xNN, as it was."""
+    r"""Give an entry that was pasted from the log, quoted and with \xNN, as it was."""
     if not isinstance(entry, str) or not re.fullmatch(r'@?"(?:[^"\\]|\\x[0-9a-f]{2})+(?<!\.\.\.)"', entry):
         return entry
     data = entry.replace('"', "").encode("utf-8", "surrogatepass")
@@ -1273,7 +1279,7 @@ def unquoted(entry: Any) -> Any:
 
 
 def read_entries(path: str, owner: int) -> list[Any]:
-    """Read a file of users, which root or that owner must own; OSError, ValueError if it cannot be trusted."""
+    """Read a file of users, which root or that owner must own; OSError, ValueError."""
     entries = []
     for number, line in enumerate(read_trusted(path, owner).split("\n"), 1):
         entry = unquoted(re.sub(r'^(\s*@?"[^"]*")?([^#]*).*$', r"\1\2", line).strip())
@@ -1302,7 +1308,7 @@ def read_trusted(path: str, owner: int) -> str:
 
 
 class Limits:
-    """Recipients of each uid in the last hour, in steps of a minute; the longest silent are forgotten."""
+    """Recipients of each uid in the last hour, in steps of a minute."""
 
     def __init__(self, limits: dict[Any, Optional[int]]) -> None:
         self.everyone, self.lock = limits.get("*"), threading.Lock()
@@ -1314,7 +1320,7 @@ class Limits:
                 self.limits[entry.pw_uid if entry else key] = limit
 
     def used(self, uid: int, minute: int) -> int:
-        """Count what a uid addressed in this minute and the sixty before, so that no hour is missed."""
+        """Count what a uid addressed in this minute and the sixty before: no hour is missed."""
         counts = self.counts.get(uid, {})
         for old in [then for then in counts if then < minute - 60]:
             del counts[old]
@@ -1373,13 +1379,13 @@ WHO_HAS, WHAT_WAS_DIALLED = 1, 2
 
 
 class Describer:
-    """Have processes described by whoever may see them: the helper while it is there, else sudo lsof.
+    """Have processes described by whoever may see them: the helper, or else sudo lsof.
 
     The helper is asked one thing at a time. While it owes an answer, nobody waits for it.
     """
 
     def __init__(self, channel: Optional[socket.socket], by_lsof: Optional[bool]) -> None:
-        """Make one; by_lsof: whether sudo allows it, None: that is asked when the helper has ended."""
+        """Make one; by_lsof: whether sudo allows it; None: asked when the helper has ended."""
         self.channel, self.by_lsof = channel, by_lsof
         self.lock, self.number, self.owes = threading.Lock(), 0, False
         self.places = threading.Semaphore(LSOF_PROCESSES)
@@ -1404,7 +1410,7 @@ class Describer:
             return {"why": "error"}
 
     def dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
-        """Say what the client of the MTA's end dialled before a firewall redirected it; or why not."""
+        """Say what the client of the MTA's end dialled before NAT redirected it; or why not."""
         facts = self._ask_helper(WHAT_WAS_DIALLED, mta_end.uid, mta_end.inode, mta_end.cgroup)
         if "address" in facts:
             return endpoint(facts["address"], facts["port"])
@@ -1488,7 +1494,7 @@ class Describer:
 
 
 def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
-    """Fork the helper: the milter's uid, and of root's privilege what it takes to see open files."""
+    """Fork the helper: the milter's uid, and the privilege it takes to see open files."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     if os.fork():
@@ -1548,7 +1554,7 @@ class BusyError(Exception):
 class Finder:
     """Find the process that has a socket open; runs in the helper, for one question at a time.
 
-    Links read in /proc/PID/fd are the only evidence; what is remembered only says where to look first.
+    Links read in /proc/PID/fd are the only evidence; memory only says where to look first.
     """
 
     def __init__(self, wanted: Iterable[str]) -> None:
@@ -1564,7 +1570,7 @@ class Finder:
         return self._search(uid, inode, cgroup, self._describe)
 
     def dialled(self, uid: int, inode: int, cgroup: int) -> Facts:
-        """Give the address and port that the client of an accepted socket dialled; {"why": word}."""
+        """Give address and port that the client of an accepted socket dialled; {"why": word}."""
         return self._search(uid, inode, cgroup, self._dialled)
 
     def _search(self, uid: int, inode: int, cgroup: int, answer: Callable[[int, int, str], Facts]) -> Facts:
@@ -1615,7 +1621,7 @@ class Finder:
             return original_destination(copy)
 
     def find_holder(self) -> Optional[tuple[int, str]]:
-        """Find a process that has the socket, and the link below its directory; None if none is seen."""
+        """Find a process that has the socket, and the link below its directory, or None."""
         recent = self.recent.get(self.uid, [])
         for pid, table in self.tables_by_likelihood(recent):
             link = self.link_to_target(pid, table)
@@ -1654,7 +1660,7 @@ class Finder:
         return 0
 
     def link_to_target(self, pid: int, table: str) -> Optional[str]:
-        """Give the link to the socket in a descriptor table; None if it has none, or is not to be seen."""
+        """Give the link to the socket in a descriptor table; None if none is to be seen."""
         try:
             directory = os.open(f"/proc/{pid}/{table}", os.O_RDONLY | os.O_DIRECTORY)
         except PermissionError:
@@ -1692,7 +1698,7 @@ def owner_of(pid: int) -> Optional[int]:
 
 
 def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
-    """Give the real, effective and saved uid in /proc/PID/status; OSError if the process has ended."""
+    """Give the real, effective and saved uid in /proc/PID/status; OSError."""
     uids = re.search(r"^Uid:\t(\d+)\t(\d+)\t(\d+)", read_file(path, directory), re.MULTILINE)
     if uids is None:
         raise FileNotFoundError
@@ -1700,7 +1706,7 @@ def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
 
 
 def thread_tables(pid: int) -> list[str]:
-    """Give the tables of a process's other threads: its first may have ended, or not share its own."""
+    """Give the tables of a process's other threads, which need not be its first one's."""
     try:
         threads = os.listdir(f"/proc/{pid}/task") if os.stat(f"/proc/{pid}/task").st_nlink > 3 else []
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -1711,7 +1717,7 @@ def thread_tables(pid: int) -> list[str]:
 def describe(process: int, wanted: Iterable[str]) -> Facts:
     """Say what a process is, given its open directory in /proc; OSError if it has ended.
 
-    Never through its memory, as psutil's name() and exe() may: its owner can make that hang for ever.
+    Never through its memory, as psutil may: its owner can make that hang for ever.
     """
     readers: dict[str, Callable[[], Optional[str]]] = {
         "program": lambda: read_file("comm", process)[:-1],
@@ -1728,7 +1734,7 @@ def describe(process: int, wanted: Iterable[str]) -> Facts:
 
 
 def describe_psutil(process: psutil.Process) -> Facts:
-    """Say what a process is that psutil found; psutil.Error, OSError if its number is another's now."""
+    """Say what a process is that psutil found; psutil.Error, OSError if it has ended."""
     facts: Facts = {"pid": process.pid}
     if LINUX:
         directory = os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)
@@ -1744,7 +1750,7 @@ def describe_psutil(process: psutil.Process) -> Facts:
 
 
 def unit_of(cgroups: str) -> Optional[str]:
-    """Find the first .service or .scope from the root in /proc/PID/cgroup; users make others below."""
+    """Find the first .service or .scope in /proc/PID/cgroup; users make others below."""
     lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
     paths = [line.split(":", 2)[2] for line in lines]
     for part in "/".join(paths).split("/"):
@@ -1763,7 +1769,7 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 
 
 def read_args(process: int) -> Optional[str]:
-    """Read a command line in a child that is killed when it is late; None if it was, or has none."""
+    """Read a command line in a child that is killed when late; None if it was, or has none."""
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
@@ -1832,7 +1838,7 @@ def cgroup_mount() -> Optional[int]:
 
 
 def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
-    """List the processes of a cgroup by its id as a file handle (open_by_handle_at(2)); [] if that fails."""
+    """List the processes of a cgroup by its id (open_by_handle_at(2)); [] if that fails."""
     if mount is None or not cgroup:
         return []
     handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, FILEID_KERNFS, cgroup))
@@ -1849,7 +1855,7 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
 
 
 def lsof_candidates(uid: Optional[int]) -> list[int]:
-    """List the processes lsof is asked about: the owner's; for root's sockets, which go to others, all."""
+    """List whom lsof is asked about: the owner's processes; for root's sockets all."""
     own, others = [], []
     for pid in psutil.pids():
         (own if owner_of(pid) == uid else others).append(pid)
@@ -1900,7 +1906,7 @@ def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dic
 
 
 def lsof_holder(output: bytes, inode: int) -> Optional[int]:
-    """Find in the output of lsof -Fpd the process that has the socket with that inode; None: there is none."""
+    """Find in the output of lsof -Fpd the process that has the inode; None: there is none."""
     pid = None
     for line in output.split(b"\n"):
         if line[:1] == b"p" and line[1:].isdigit():
@@ -1929,7 +1935,7 @@ def lsof_allowed() -> bool:
 
 # --------------------------------------------------------------- settings: every rule in one place
 def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Override settings by those of settings_file; give where each of these stands, and what is wrong."""
+    """Override settings by those of settings_file; give where each stands, and what is wrong."""
     path, sources, problems = values["settings_file"], {}, []
     if path is None:
         return sources, problems
@@ -1956,7 +1962,7 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
 
 
 def read_setting(line: str) -> tuple[str, Any, str]:
-    """Read a line of settings_file as Python reads plain values, never executed; or say what is wrong."""
+    """Read a line of settings_file, never executed; or say what is wrong."""
     name, equals, text = (part.strip() for part in line.partition("="))
     if not equals or name not in DEFAULTS or name == "settings_file":
         return name, None, "must be name = value, with the name of a setting (and not of this file)"
@@ -1969,7 +1975,7 @@ def read_setting(line: str) -> tuple[str, Any, str]:
 
 
 def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterator[str]:
-    """Check all settings; yield one sentence a problem: where it stands, the setting, its value and the rule."""
+    """Check all settings; yield a sentence a problem: where, setting, value, rule."""
     number = f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
     name = "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
     is_name = isinstance(values["header_name"], str) and re.fullmatch(r"[!-9;-~]{1,76}", values["header_name"])
@@ -1991,7 +1997,7 @@ def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterat
 
 
 def shown(value: Any) -> str:
-    """Write a value as it stands in the settings, so short that the line of the log has room for the rule."""
+    """Write a value as it stands in the settings, short enough for a line of the log."""
     text = repr(value)
     return text if len(text) <= 1000 else text[:1000] + "..."
 
@@ -2091,7 +2097,7 @@ FAILED: list[str] = []  # what --check found that stops the milter
 
 
 def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
-    """Print one line of --check; problem: what is not well, "" if all is; cure: what to do about it."""
+    """Print one line of --check; problem: what is not well, or ""; cure: what to do."""
     if fatal:
         FAILED.append(what)
     state = "FAIL" if fatal else "warn" if problem else "ok  "
@@ -2101,7 +2107,7 @@ def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) ->
 
 
 def check(sources: dict[str, str], problems: list[str]) -> int:
-    """Show on one screen whether this will work, before any mail depends on it; give the exit status."""
+    """Show on one screen whether this will work; give the exit status."""
     for problem in problems:
         report("setting", problem, fatal=True)
     if problems:
@@ -2194,7 +2200,7 @@ def is_chrooted_smtpd(service: str) -> bool:
 
 
 def may_be_local(hosts: str) -> bool:
-    """Tell whether a list of hosts can include an address of this host; a table or a host name can."""
+    """Tell whether a list of hosts can include this host; a table or a name can."""
     try:
         networks = [ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
                     for word in re.split(r"[\s,]+", hosts) if word]
@@ -2279,7 +2285,7 @@ def why_no_lsof() -> str:
 
 
 def stranger_connection(lookup: KernelLookup) -> Optional[tuple[Endpoint, Endpoint, int]]:
-    """Give the ends and uid of another user's connection: one made for this if it is root, else any."""
+    """Give the ends and uid of another user's connection: one made for this by root, else any."""
     if os.geteuid():
         for diag in dump_sockets(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0)):
             other = diag.inode and diag.uid not in (0, os.geteuid())
@@ -2309,7 +2315,7 @@ def stranger_connection(lookup: KernelLookup) -> Optional[tuple[Endpoint, Endpoi
 
 # ------------------------------------------------------------------------------- privilege, start
 def set_capabilities(wanted: int) -> None:
-    """Keep, of the capabilities this process has, only those of a mask; OSError if the kernel refuses."""
+    """Keep, of the capabilities this process has, only those of a mask; OSError."""
     mask = wanted & capabilities()
     header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
     # struct __user_cap_data_struct: effective, permitted, inheritable; then the same above 31
@@ -2330,7 +2336,7 @@ def sees_others() -> bool:
 
 
 def become(user: Optional[pwd.struct_passwd]) -> None:
-    """Drop groups, gid and uid for good; None: stay as started. RuntimeError if there is a way back."""
+    """Drop groups, gid and uid for good; None: stay. RuntimeError if there is a way back."""
     if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
         return
     os.setgroups([])
@@ -2341,7 +2347,7 @@ def become(user: Optional[pwd.struct_passwd]) -> None:
 
 
 def handed_over() -> str:
-    """Give libmilter's name for the socket that the service manager hands over (sd_listen_fds(3)), or "".
+    """Give libmilter's name for the service manager's socket (sd_listen_fds(3)), or "".
 
     ValueError if what it hands over is not one listening unix socket for this process.
     """
@@ -2380,7 +2386,7 @@ def start_problem() -> str:
 
 
 def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
-    """Fork the helper, drop privilege, set up what sessions share; in this order. Give the ways of looking up."""
+    """Fork the helper, drop privilege, set up what sessions share; give the ways of looking up."""
     privileged = sees_others()
     by_lsof = None if os.geteuid() == 0 else lsof_allowed()
     channel = None if by_lsof and not privileged else fork_helper(user)
@@ -2484,7 +2490,7 @@ def announce(address: str, ways: str) -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End at once. libmilter's own stop takes up to 5 s, and hangs under load (it destroys a mutex in use)."""
+    """End at once: libmilter's own stop hangs under load (it destroys a mutex in use)."""
     if status == EX_CONFIG:
         # The MTA must not wait on the service manager's socket until somebody mends the setting:
         # nobody can connect any more, and who has connected is dropped.
