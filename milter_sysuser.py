@@ -183,7 +183,7 @@ MOST_FILES = 65536  # open at once; lsof closes as many one by one before it beg
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
 NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
 INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
-RTM_GETROUTE, RTA_DST, RTN_LOCAL = 26, 1, 2
+RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
 TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, since Linux 4.1, 4.19
 # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
@@ -767,7 +767,7 @@ class KernelLookup:
             if error.errno in NO_ROUTE:
                 return False
             raise
-        return route[7] == RTN_LOCAL  # rtm_type of struct rtmsg
+        return route[7] in (RTN_LOCAL, RTN_ANYCAST)  # rtm_type of struct rtmsg
 
     def ask(self, netlink: socket.socket, kind: int, question: bytes) -> bytes:
         """Send one request and give the body of its answer; OSError as the kernel gives it.
