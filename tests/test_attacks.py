@@ -13,6 +13,8 @@ import os
 import pathlib
 import pwd
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -141,7 +143,7 @@ class Site(types.SimpleNamespace):
     def said(self, name: str, **more: Any) -> types.SimpleNamespace:
         """Read the one log line about a message."""
         line = self.milter.wait_lines(f"from={name}@example.org", timeout=20)[0]
-        values = {"lookup": None, "holder": None, "reason": None, **dict(FIELD.findall(line)), **more}
+        values = {"lookup": None, "holder": None, "maybe": None, "reason": None, **dict(FIELD.findall(line)), **more}
         return types.SimpleNamespace(**values)
 
     def block(self, *entries: str) -> None:
@@ -168,12 +170,19 @@ class Site(types.SimpleNamespace):
 
 
 @pytest.fixture(scope="module")
-def site(users: types.SimpleNamespace) -> Iterator[Site]:
+def site(users: types.SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Start the Postfix and the milter that all attacks are made on; args is logged too, being the most dangerous."""
-    one = mta.free_port()
+    one, services = mta.free_port(), {"fresh": {"max_use": "1"}, "front": {"smtpd_authorized_xclient_hosts": "127.0.0.1"}}
+    certificate = tmp_path_factory.mktemp("tls") / "pem"
+    if shutil.which("openssl"):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout",
+                        certificate, "-out", f"{certificate}.crt"], check=True, capture_output=True)
+        services["tls"] = {"max_use": "1", "smtpd_tls_wrappermode": "yes", "smtpd_tls_security_level": "may",
+                           "smtpd_tls_key_file": str(certificate), "smtpd_tls_cert_file": f"{certificate}.crt"}
     postfix = mta.Postfix(addresses="all", master=[f"{one} inet n - n - 1 smtpd -o max_use=1"],
-                          main_cf={"smtpd_forbid_unauth_pipelining": "no", "smtputf8_enable": "no"},
-                          services={"fresh": {"max_use": "1"}, "front": {"smtpd_authorized_xclient_hosts": "127.0.0.1"}})
+                          main_cf={"smtpd_forbid_unauth_pipelining": "no", "smtputf8_enable": "no",
+                                   "cleanup_replace_stray_cr_lf": "no"},
+                          services=services)
     blocked = postfix.directory / "blocked"
     blocked.write_text("")
     fields = ["user", "uid", "program", "pid", "exe", "args", "dir", "unit"]
@@ -305,6 +314,93 @@ try:
 except OSError as error:
     print(error.errno)""")
     assert client.communicate(timeout=60)[0].strip() in ("22", "101")  # EINVAL; ENETUNREACH without a route
+
+
+# The MTA's end and mst-alice's, in a network namespace; prints both, and reads what she said when told.
+ENDS = """
+import json, os, pwd, signal, socket, struct, sys
+bind, address, device, end = sys.argv[1:]
+signal.alarm(50)
+near, far = os.pipe()
+family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+listener = socket.create_server(("::" if family == socket.AF_INET6 else "", 0), family=family)
+if os.fork() == 0:
+    signal.alarm(50), os.close(far)
+    user = pwd.getpwnam("mst-alice")
+    os.setgroups([]), os.setgid(user.pw_gid), os.setuid(user.pw_uid)
+    sock = socket.socket(family)
+    if device:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+        sock.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
+    sock.settimeout(20)
+    sock.bind((bind, 0))
+    sock.connect((address, listener.getsockname()[1]))
+    sock.sendall(b"EHLO")
+    if end == "resets":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    os.read(near, 1)  # until the other end is closed
+    os._exit(0)
+listener.settimeout(20)
+accepted, client = listener.accept()
+if end == "resets":
+    while not struct.unpack_from("B", accepted.getsockopt(6, 11, 104))[0] == 7:  # TCP_INFO: until it has closed
+        pass
+print(json.dumps([client[:2], accepted.getsockname()[:2] if end != "resets" else [address, listener.getsockname()[1]]]), flush=True)
+sys.stdin.readline()
+if end != "resets":
+    accepted.recv(100)
+print("read", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def network(users: Any) -> Iterator[list[str]]:
+    """Make a network of the test's own; give the prefix of commands that are run in it."""
+    setup = "ip link set lo up && ip link add mst0 type veth peer name mst1 && ip link set mst0 up && ip link set mst1 up " \
+            "&& ip route add local 10.9.0.0/16 dev lo && echo 1 >/proc/sys/net/ipv4/ip_nonlocal_bind " \
+            "&& { [ ! -e /proc/sys/net/ipv6 ] || { echo 1 >/proc/sys/net/ipv6/conf/all/forwarding && ip -6 addr add " \
+            "2001:db8:5::1/64 dev mst0 nodad && ip -6 route add local 2001:db8:3::/64 dev mst0; }; } && echo ready; cat"
+    space = subprocess.Popen(["unshare", "--net", "sh", "-c", setup], text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        if space.stdout.readline() != "ready\n":
+            space.stdin.close()
+            pytest.skip(f"no network namespaces, routes or veth here: {space.stderr.read()}")
+        yield ["nsenter", f"--net=/proc/{space.pid}/ns/net"]
+    finally:
+        space.stdin.close()
+        space.wait(20)
+
+
+@pytest.mark.parametrize("end", ["stays", "resets"])
+@pytest.mark.parametrize("bind, address, device", [
+    ("10.9.1.1", "127.0.0.1", ""), ("2001:db8:3::5", "2001:db8:3::1", "mst0"), ("2001:db8:5::", "2001:db8:5::1", "mst0")],
+    ids=["IPv4", "IPv6", "anycast, where the host is a router"])
+def test_an_address_that_is_the_hosts_by_route_only_is_local(network: list[str], make_milter: Any, bind: str, address: str,
+                                                             device: str, end: str) -> None:
+    """No interface has it, and whether it can be bound says nothing; mst-alice is blocked and must not pass for remote."""
+    if ":" in bind and not mta.kernel_has_ipv6():
+        pytest.skip("no IPv6 here")
+    milter = make_milter(prefix=network, blocked_mailusers=["mst-alice"]).start()
+    ends = subprocess.Popen([*network, mta.PYTHON, "-c", ENDS, bind, address, device, end], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        text = ends.stdout.readline()
+        assert text, ends.stderr.read()
+        client, server = json.loads(text)
+        with mta.Wire(milter.socketname) as wire:
+            wire.connect(*client, daemon_addr=server[0], daemon_port=str(server[1]))
+            go_on(ends)
+            line(ends, "read")
+            replies = wire.message()
+    finally:
+        ends.communicate()
+    if end == "stays":
+        assert replies[-1] == ("replycode", "550 5.7.1 User mst-alice is blocked from sending mail"), milter.log()
+    else:
+        assert ("addheader", NAME, "user=? program=?") in replies and "lookup=closed" in milter.log(), replies
 
 
 def test_a_client_that_resets_before_it_is_accepted_does_not_pass_for_a_remote_one(site: Site) -> None:
@@ -482,6 +578,16 @@ def test_a_worker_that_dials_with_its_masters_socket_is_not_root(site: Site, kin
         assert worker(site, code, kind, port).reply == "550 5.7.1 User mst-alice is blocked from sending mail"
 
 
+def test_where_nobody_may_look_at_other_users_processes_root_is_not_named(users: Any, make_mail: Any) -> None:
+    """Started under postfix's uid, and no rule for sudo: it could be root's socket in anybody's hands."""
+    mail = make_mail(user="postfix", lsof_command=["sudo", "-n", "/usr/bin/no-such-lsof"])
+    site = Site(postfix=mail.postfix, milter=mail.milter)
+    code = WORKER % "send(dial(sock=disconnect(handed)))"
+    for said in site.attack(code, "", "accepted", "0", user="root"), site.attack("send(dial())", user="root"):
+        assert (said.user, said.action) == ("?", "tag") and said.lookup in ("not-permitted", "no-helper"), said
+    assert site.attack("send(dial())").user == "mst-alice"
+
+
 def test_a_worker_whose_masters_socket_is_held_by_a_setuid_program_is_not_root(
         site: Site, sees_others: None, setuid_cat: str) -> None:
     """Only that program is seen: the worker's own descriptor is under way in a socket while the milter looks."""
@@ -646,19 +752,63 @@ def test_another_socket_on_the_same_port_is_not_taken_for_the_client(site: Site,
     assert (said.user, said.lookup) == ("?", "closed")
 
 
+@pytest.fixture(scope="module")
+def strict(users: types.SimpleNamespace) -> Iterator[Site]:
+    """Give a site where nobody may address more than one recipient an hour; .forbid is a port where writing early is forbidden."""
+    smtpd = {"max_use": "1", "smtpd_client_connection_count_limit": "0"}
+    postfix = mta.Postfix(main_cf={"smtpd_forbid_unauth_pipelining": "no"}, services={
+        "fresh": smtpd, "forbid": {**smtpd, "smtpd_forbid_unauth_pipelining": "yes"}})
+    with postfix, mta.Milter(postfix, hourly_limits={"*": 1, "root": None}) as milter:
+        yield Site(postfix=postfix, milter=milter)
+
+
+POLITE = """
+file, say = sock.makefile("rb"), lambda text: sock.sendall(text.replace("|", "\\r\\n").encode())
+def reply():
+    while (line := file.readline()) and line[3:4] == b"-":
+        pass
+envelope = (f"MAIL FROM:<{NAME}@example.org>|", "RCPT TO:<to@example.org>|")
+text = f"Subject: {NAME}||body|"
+reply()
+if ARGS[0] != "HELO":
+    say("EHLO client|"), reply()
+for command in *envelope, "DATA|":
+    say(command), reply()
+say(text + ".|")
+reset(sock)
+"""
+
+
+@pytest.mark.parametrize("service", ["fresh", "forbid"])
+@pytest.mark.parametrize("how", ["DATA", "HELO"], ids=["after the final dot", "after the final dot, without an EHLO"])
+def test_a_client_that_resets_with_its_last_byte_is_named_and_counted(strict: Site, service: str, how: str) -> None:
+    """Its commands were waited for until then: by that time the milter has made sure whose they are."""
+    def once() -> Optional[types.SimpleNamespace]:
+        client = strict.start("sock = dial()\n" + POLITE, how, port=strict.postfix.ports[service])
+        assert client.wait(20) == 0, client.stderr.read()
+        strict.wait_idle()
+        return strict.said(client.name) if strict.milter.lines(f"from={client.name}@") else None
+    said = [mta.wait_for(once, 30, "a message that was read after the reset") for _ in range(5)]
+    assert {(one.user, one.maybe) for one in said} == {("mst-alice", None)}, said
+    assert {one.action for one in said[1:]} == {"tempfail"} and {one.reason for one in said[1:]} == {"limit"}, said
+
+
 RACER = """
-import random
+import random, ssl
 give = os.fdopen(int(ARGS[0]), "w", 1)
 for turn in sys.stdin:
     number, port = turn.split()
     NAME = "ra" + number
     sock = dial(port=int(port))
+    if ARGS[1] == "tls":
+        sock = ssl._create_unverified_context().wrap_socket(sock)
     hasty(sock)
     give.write(f"{number} {port}\\n")
     time.sleep(random.choice((0, 0.0003, 0.001, 0.002, 0.004)) * random.random())
     reset(sock)
 """
 TAKER = """
+import ssl
 for turn in os.fdopen(int(ARGS[0])):
     number, port = turn.split()
     NAME = "rb" + number
@@ -671,7 +821,9 @@ for turn in os.fdopen(int(ARGS[0])):
     else:
         print("never"); continue
     try:
-        if int(number) % 3:
+        if ARGS[1] == "tls":
+            sock = ssl._create_unverified_context().wrap_socket(sock)
+        if int(number[1:]) % 3:
             send(sock)
         else:
             hasty(sock)
@@ -682,19 +834,21 @@ for turn in os.fdopen(int(ARGS[0])):
 """
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_no_race_for_the_endpoints_names_the_victim(site: Site, long: bool, busy: bool) -> None:
+@pytest.mark.parametrize("kind", ["idle", "busy", "tls"], ids=["idle", "busy", "busy, on a port that begins with TLS"])
+def test_no_race_for_the_endpoints_names_the_victim(site: Site, long: bool, kind: str) -> None:
     """mst-alice resets at a random moment, mst-bob's connect takes her port; the names are never each other's."""
-    tries, first = (1000 if long else 30), (1_000_000 if busy else 0)
+    if kind == "tls" and "tls" not in site.postfix.ports:
+        pytest.skip("no certificate can be made without openssl")
+    tries, port = 1000 if long else 30, site.postfix.ports["tls" if kind == "tls" else "fresh"]
     load = subprocess.Popen(["smtp-source", "-s", "8", "-m", "100000", "-t", "x@example.net",
-                             f"127.0.0.1:{site.postfix.port}"], stdin=subprocess.DEVNULL) if busy else None
+                             f"127.0.0.1:{site.postfix.port}"], stdin=subprocess.DEVNULL) if kind != "idle" else None
     near, far = os.pipe()
-    bob = site.start("signal.alarm(400)" + TAKER, str(near), user="mst-bob", port=site.fresh, pass_fds=[near])
-    alice = site.start("signal.alarm(400)" + RACER, str(far), port=site.fresh, pass_fds=[far])
+    bob = site.start("signal.alarm(900)" + TAKER, str(near), kind, user="mst-bob", port=port, pass_fds=[near])
+    alice = site.start("signal.alarm(900)" + RACER, str(far), kind, port=port, pass_fds=[far])
     os.close(near), os.close(far)
     try:
-        for number in range(first, first + tries):
-            alice.stdin.write(f"{number} {mta.free_port()}\n")
+        for number in range(tries):
+            alice.stdin.write(f"{kind[0]}{number} {mta.free_port()}\n")
             alice.stdin.flush()
             assert bob.stdout.readline(), bob.stderr.read()
     finally:
@@ -704,13 +858,14 @@ def test_no_race_for_the_endpoints_names_the_victim(site: Site, long: bool, busy
             load.kill()
             load.wait()
     site.wait_idle()
-    said = {prefix: [site.said(found) for found in re.findall(rf"from=({prefix}{'1' if busy else ''}\d+)@", site.milter.log())]
+    said = {prefix: [site.said(found) for found in re.findall(rf"from=({prefix}{kind[0]}\d+)@", site.milter.log())]
             for prefix in ("ra", "rb")}
     print({prefix: {key: sum((s.user, s.lookup) == key for s in found) for key in {(s.user, s.lookup) for s in found}}
            for prefix, found in said.items()})
     assert {one.user for one in said["ra"]} <= {"mst-alice", "?"}
     assert {one.user for one in said["rb"]} <= {"mst-bob", "?"}
-    assert any(one.lookup for one in said["ra"]) and any(one.user == "mst-bob" for one in said["rb"])
+    assert any(one.user == "mst-bob" for one in said["rb"])
+    assert kind == "tls" or any(one.lookup for one in said["ra"])  # one that resets in a handshake is mostly dropped
 
 
 # --- 4. descriptors that hide -----------------------------------------------------------------------------------
@@ -881,6 +1036,19 @@ def test_the_same_text_in_the_body_or_an_attached_message_is_left_alone(site: Si
     assert header.count(NAME.encode()) == 1 and body.count(FORGED.encode()) == 3
 
 
+@pytest.mark.parametrize("client", ["local", "remote"])
+@pytest.mark.parametrize("header", [
+    f"X-Kept: kept\r{FORGED}", f"X-Kept: kept\r\n\tkept\r{FORGED.lower()}", f"X-Kept:\r{FORGED}\rX-More: more",
+    f"X-Kept: {'kept ' * 300}\r{NAME} \t: user=root"])
+def test_a_forged_header_behind_a_bare_cr_is_refused(site: Site, header: str, client: str) -> None:
+    """Some take that for a line's end, and would see it before ours."""
+    front = "sock = dial(); sock.recv(999); sock.sendall(b'XCLIENT ADDR=203.0.113.5 PORT=4711\\r\\n'); "
+    sender = site.start((front if client == "remote" else "sock = dial(); ") + "send(sock, headers=[ARGS[0]])", header,
+                        port=site.postfix.ports["front"])
+    assert sender.communicate(timeout=60)[0].strip() == f"550 5.7.1 A {NAME} header behind a bare CR"
+    assert site.said(sender.name).reason == "forged"
+
+
 @pytest.mark.parametrize("count", [101, 20_000])
 def test_more_than_a_hundred_forged_headers_are_refused(site: Site, count: int) -> None:
     """Removing thousands would take the MTA minutes; another user's mail goes on meanwhile."""
@@ -914,6 +1082,68 @@ def test_unidentified_action_is_what_is_done(make_milter: Any, action: str, last
     assert replies[-1] == last
     assert ("quarantine" in {reply[0] for reply in replies}) == (action == "quarantine")
     assert (("addheader", NAME, "user=? program=?") in replies) == (last == ("continue",))
+
+
+def test_a_milter_short_of_descriptors_refuses_nothing_for_good(users: Any, make_milter: Any) -> None:
+    """No file can be opened any more: who can be named is, a client of another host passes, the rest is to try again."""
+    most = 50
+    milter = make_milter(unidentified_action="reject", prefix=["sh", "-c", f'ulimit -n {most}; exec "$@"', "sh"]).start()
+    with mta.Clients("mst-alice") as clients, contextlib.ExitStack() as stack:
+        wires = []
+        while len(os.listdir(f"/proc/{milter.pid}/fd")) < most:
+            wires.append(stack.enter_context(mta.Wire(milter.socketname)))
+        ends = [("203.0.113.5", 4711), ("127.0.0.1", 9), clients.accepted[0][1]]
+        for wire, (address, port) in zip(wires, ends):
+            wire.connect(address, port, daemon_addr="127.0.0.1", daemon_port=str(clients.port))
+        clients.accepted[0][0].recv(100)
+        remote, unknown, known = (wire.message() for wire in wires[:3])
+    assert remote == [("continue",)]
+    assert unknown == [("replycode", "450 4.7.1 Sender process could not be identified")]
+    # a number where the files of accounts cannot be opened either
+    assert re.match(f"user=(mst-alice|{users.alice.pw_uid}) ", known[0][2]) and known[-1] == ("continue",), known
+
+
+def test_a_helper_that_does_not_answer_refuses_nothing_for_good(users: Any, make_milter: Any) -> None:
+    """Root cannot be named without it: that mail is to try again; others and clients of another host are served."""
+    milter = make_milter(unidentified_action="reject").start()
+    helper, = milter.helper_pids()
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        with mta.Clients("root") as root, mta.Clients("mst-alice") as alice, mta.Wire(milter.socketname) as wire:
+            assert root.send(milter) == ["450 4.7.1 Sender process could not be identified"]
+            assert alice.send(milter) == ["user=mst-alice program=?"]
+            wire.connect("203.0.113.5", 4711, daemon_addr="127.0.0.1", daemon_port=str(alice.port))
+            assert wire.message() == [("continue",)]
+    finally:
+        os.kill(helper, signal.SIGCONT)
+
+
+def test_a_standard_error_that_nobody_reads_holds_no_mail(users: Any, make_milter: Any) -> None:
+    """It is a pipe that another program has filled: a line is lost, and the next is written once there is room."""
+    near, far = os.pipe()
+    milter = make_milter(prefix=["sh", "-c", f'exec "$@" 2>&{far}', "sh"])
+    milter.options["pass_fds"] = [far]
+    try:
+        milter.start()
+        with mta.Clients("mst-alice", 2) as clients:
+            wires = clients.wires(milter)
+            os.set_blocking(far, False)  # where the milter shares that, its writes fail
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(far, b"x" * 4096)
+            os.set_blocking(far, True)
+            with next(wires) as wire:
+                wire.sock.settimeout(10)
+                assert any(reply[0] == "addheader" for reply in wire.message(sender="<lost@example.org>"))
+            os.set_blocking(near, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.read(near, 65536)
+            with next(wires) as wire:
+                wire.message(sender="<kept@example.org>")
+            assert b"from=kept@example.org" in mta.wait_for(lambda: select.select([near], [], [], 0)[0] and os.read(near, 65536))
+    finally:
+        os.close(near), os.close(far)
 
 
 @pytest.mark.parametrize("function", ["find_owner", "identify", "judge", "write_log", "act", "envfrom", "envrcpt",
@@ -1006,6 +1236,46 @@ os.killpg(0, 9)"""
     assert site.said(alice.name).user == "mst-alice"
     bob_is_served(site)
     alice.communicate("\n", timeout=20)
+
+
+CROWD = """
+import resource
+files = min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+near, far = os.pipe()
+for turn in range(files - 20):
+    os.dup(near)
+announce("crowded")
+"""
+
+
+@pytest.mark.parametrize("where", ["another cgroup", "the same cgroup"])
+def test_three_tables_of_20000_descriptors_do_not_make_root_unknown(site: Site, sees_others: None, where: str) -> None:
+    """Whether another user holds root's socket, too, is looked for in its cgroup only."""
+    mount, cgroup = mta.cgroup_v2(), None
+    if where == "another cgroup":
+        if mount is None:
+            pytest.skip("no cgroup v2 is mounted here")
+        cgroup = mount / f"mst-{os.getpid()}"
+        try:
+            cgroup.mkdir()
+        except OSError as error:
+            pytest.skip(f"no cgroup can be made here: {error.strerror}")
+    with contextlib.ExitStack() as stack:
+        if cgroup:
+            stack.callback(lambda: mta.wait_for(lambda: not (cgroup / "cgroup.procs").read_text() and cgroup.rmdir() is None))
+        crowd = [stack.enter_context(site.start(CROWD)) for _ in range(3)]
+        stack.callback(lambda: [one.kill() for one in crowd])
+        for one in crowd:
+            if cgroup:
+                (cgroup / "cgroup.procs").write_text(str(one.pid))
+            line(one, "crowded")
+
+        def root_sends() -> types.SimpleNamespace:
+            return site.attack("began = time.monotonic(); send(dial()); print(time.monotonic() - began)", user="root")
+        said = [root_sends() for _ in range(5)]
+        print(where, [(one.user, one.lookup, round(float(one.reply), 3)) for one in said])
+        mta.wait_for(lambda: root_sends().user == "root", 60, "root to be named")  # not at once on a busy machine
 
 
 FUSE = r'''

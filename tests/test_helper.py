@@ -374,3 +374,18 @@ def test_no_helper_is_asked_about_a_socket_that_nobody_has(make_fake: Any) -> No
     fake = make_fake(lambda number, channel: None)
     assert fake.describer.describe(OWNER._replace(inode=0)) == {"why": "gone"}
     assert not fake.numbers
+
+
+def test_whoever_has_many_uids_delegated_pauses_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that ran over its budget is paid for by the user, whichever of the uids asked; others are not paused."""
+    delegated = {200000: ["mst-alice"], 200001: ["mst-alice"], 300000: ["mst-bob"]}
+    monkeypatch.setattr(ms, "delegated_to", lambda uid: delegated.get(uid, []))
+    finder = ms.Finder(["program"])
+
+    def runs_over() -> None:
+        raise ms.BusyError
+    monkeypatch.setattr(finder, "find_holder", runs_over)
+    assert finder.describe(200000, 1, 0) == {"why": "busy"}
+    monkeypatch.setattr(finder, "find_holder", lambda: None)
+    assert finder.describe(200001, 1, 0) == {"why": "busy"}
+    assert finder.describe(300000, 1, 0)["why"] == finder.describe(1000, 1, 0)["why"] == "not-found"

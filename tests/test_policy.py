@@ -717,6 +717,20 @@ def test_in_a_container_with_few_users_it_does_not_start(make_milter: Callable, 
     assert "ERROR this user namespace maps too few uids to tell users apart" in line
 
 
+def test_a_flood_of_users_does_not_push_the_block_list_out_of_memory(
+        group: None, make_milter: Callable, users: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    """Who has many uids delegated can be many; the group of the list is asked for again as well."""
+    script = tmp_path / "forgets.py"
+    source, most = mta.SCRIPT.read_text(), "MOST_REMEMBERED = 10_000"
+    assert most in source
+    script.write_text(source.replace(most, "MOST_REMEMBERED = 5"))
+    milter = make_milter(script=script, blocked_mailusers=["@" + GROUP]).start()
+    assert send(milter, users.bob.pw_uid) == refused("mst-bob")
+    for uid in range(60400, 60410):
+        assert send(milter, uid).startswith(f"user={uid} ")
+    assert send(milter, users.bob.pw_uid) == refused("mst-bob")
+
+
 @pytest.mark.parametrize("said_at", ["closed", "open"])
 def test_a_delegated_uid_is_blocked_by_its_number(said_at: str) -> None:
     """Whether the owner is to be believed in the end or not: the number in the list is what the kernel said."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import random
 import re
 import resource
@@ -280,6 +281,26 @@ def test_an_mta_that_can_skip_nothing_is_served_too(milter: mta.Milter) -> None:
         assert connection.announce(wire) == wire.helo() == wire.mail() == wire.rcpt() == [("continue",)]
         assert wire.header("Subject", b"\xff") == wire.header(b"\xff", "x") == wire.body() == [("continue",)]
         assert tag(wire.eom()).startswith("user=mst-alice ")
+
+
+def test_nothing_times_out_as_delivered(make_milter: Callable[..., mta.Milter], tmp_path: pathlib.Path) -> None:
+    """Where default_action is accept, what takes longer than the timeout would pass unseen."""
+    ms = tmp_path / "says.py"
+    says = "Milter.runmilter = lambda name, socket, seconds, **more: say(INFO, f'waits for {seconds} s')\n\n\n"
+    ms.write_text(mta.SCRIPT.read_text().replace('if __name__ == "__main__":', says + 'if __name__ == "__main__":'))
+    milter = make_milter(script=ms)
+    milter.start(wait=False).wait_lines("waits for 2147483 s")  # the longest: poll(2) takes milliseconds in an int
+
+
+def test_half_a_packet_is_waited_for_as_long_as_the_timeout_says(make_milter: Callable[..., mta.Milter]) -> None:
+    """One second is over when the connection is closed; as delivered it is not."""
+    short, never = make_milter(timeout=1).start(), make_milter().start()
+    with mta.Wire(short.socketname) as dropped, mta.Wire(never.socketname) as kept:
+        for wire in kept, dropped:
+            wire.sock.sendall(packet(b"H", b"localhost\0")[:3])
+        assert dropped.sock.recv(1) == b""
+        kept.sock.sendall(packet(b"H", b"localhost\0")[3:])
+        assert kept.receive() == ("c", b"")
 
 
 # --- hostile peers --------------------------------------------------------------------------------------------
