@@ -217,9 +217,9 @@ ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*"]
 class SysuserMilter(Base):  # type: ignore[misc]
     """One session of the MTA with a client; several messages may come through it.
 
-    connect asks the kernel whose the client's socket is, and claims it. envfrom confirms that, and
-    the MTA waits for it: a client that goes on has not gone away before. envrcpt has the process
-    described, which nobody waits for. eom decides, acts and logs.
+    connect asks the kernel whose the client's socket is, and claims it. hello confirms that
+    (or envfrom), and the MTA waits for it: a client that goes on has not gone away before. envrcpt
+    has the process described, which nobody waits for. eom decides, acts and logs.
     """
 
     # Set once, in "prepare", for all sessions.
@@ -290,14 +290,18 @@ class SysuserMilter(Base):  # type: ignore[misc]
             complain("the owner of a connection could not be asked for", str(error))
             return ClientSocket(None, "error")
 
-    def envfrom(self, sender: str, *parameters: str) -> int:
-        """Begin a message, forget the last; confirm the owner, while the client waits to go on."""
-        self.sender, self.recipients, self.queue_id = sender, 0, None
-        self.forged, self.hidden, self.account = [], False, None
+    def hello(self, hostname: str) -> int:
+        """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
         if self.owner and self.owner.uid is not None:
             with contextlib.suppress(OSError, psutil.Error):  # at the end it is asked again
                 self.confirm(self.owner)
         return int(Milter.CONTINUE)
+
+    def envfrom(self, sender: str, *parameters: str) -> int:
+        """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
+        self.sender, self.recipients, self.queue_id = sender, 0, None
+        self.forged, self.hidden, self.account = [], False, None
+        return self.hello("")
 
     @noreply  # type: ignore[untyped-decorator]
     def envrcpt(self, recipient: str, *parameters: str) -> int:

@@ -772,15 +772,19 @@ text = f"Subject: {NAME}||body|"
 reply()
 if ARGS[0] != "HELO":
     say("EHLO client|"), reply()
-for command in *envelope, "DATA|":
-    say(command), reply()
-say(text + ".|")
+if ARGS[0] == "BDAT":
+    say(f"{''.join(envelope)}BDAT {len(text) + 3} LAST|{text}")
+else:
+    for command in *envelope, "DATA|":
+        say(command), reply()
+    say(text + ".|")
 reset(sock)
 """
 
 
 @pytest.mark.parametrize("service", ["fresh", "forbid"])
-@pytest.mark.parametrize("how", ["DATA", "HELO"], ids=["after the final dot", "after the final dot, without an EHLO"])
+@pytest.mark.parametrize("how", ["DATA", "HELO", "BDAT"], ids=[
+    "after the final dot", "after the final dot, without an EHLO", "with all that may follow the EHLO"])
 def test_a_client_that_resets_with_its_last_byte_is_named_and_counted(strict: Site, service: str, how: str) -> None:
     """Its commands were waited for until then: by that time the milter has made sure whose they are."""
     def once() -> Optional[types.SimpleNamespace]:
