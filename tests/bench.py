@@ -153,6 +153,8 @@ TOLD = NULL.replace("    def eom", r'''    def negotiate(self, opts):
         return Milter.Base.negotiate(self, opts)
     def connect(self, name, family, address):
         return Milter.CONTINUE
+    def hello(self, name):
+        return Milter.CONTINUE
     def envfrom(self, sender, *parameters):
         return Milter.CONTINUE
     @Milter.noreply
@@ -238,7 +240,7 @@ def time_calls(path: str) -> None:
 
 
 '''
-CALLBACKS = "__init__", "negotiate", "connect", "envfrom", "envrcpt", "header", "eom", "close"  # as the MTA goes on
+CALLBACKS = "__init__", "negotiate", "connect", "hello", "envfrom", "envrcpt", "header", "eom", "close"  # as the MTA goes on
 FUNCTIONS = "say", "sock_diag"  # of the script, to be timed as well if it has them
 
 
