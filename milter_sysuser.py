@@ -380,8 +380,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if cookie != owner.cookie:
             return "reused" if cookie else "closed"
         if strangers:
-            if not self.queue_id:
-                return "reused"
+            if not self.queue_id and not all(rival.ended for rival in strangers):
+                return "reused"  # perhaps by the same message: that shows from DATA on
             self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
             self.rivals = [rival for rival in self.rivals if not rival.ended]
             return "reused"
@@ -396,7 +396,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         deadline = time.monotonic() + (HELPER_SECONDS if self.queue_id else 0.0)
         while True:
             found = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
-            if not found or time.monotonic() >= deadline:
+            if all(rival.ended for rival in found) or time.monotonic() >= deadline:
                 return found
             time.sleep(0.002)
 

@@ -8,6 +8,7 @@ import grp
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -272,7 +273,7 @@ XCLIENT = """
 import smtplib, sys
 with smtplib.SMTP("127.0.0.1", int(sys.argv[1]), "client") as session:
     session.ehlo()
-    for name in "one", "two":
+    for name in "one", "two", "three", "four", "five":
         assert session.docmd("XCLIENT NAME=" + name + ".example.org")[0] == 220
         session.ehlo()
         session.sendmail("from@example.org", ["to@example.org"], "Subject: " + name + "\\n\\nbody\\n")
@@ -284,7 +285,7 @@ def test_a_client_that_is_announced_again_under_another_name_is_named(make_mail:
     mail = make_mail({"main_cf": {"smtpd_authorized_xclient_hosts": "127.0.0.1"}})
     sent = run_as("mst-alice", [PYTHON, "-c", XCLIENT, str(mail.postfix.port)])
     assert sent.returncode == 0, sent.stderr + mail.postfix.log()
-    assert headers(mail.postfix, 2) == [[tag("mst-alice", "python3")]] * 2
+    assert headers(mail.postfix, 5) == [[tag("mst-alice", "python3")]] * 5
 
 
 def test_where_the_milter_is_listed_twice_each_message_is_named_once(make_mail: Callable, users: Any) -> None:
@@ -293,6 +294,19 @@ def test_where_the_milter_is_listed_twice_each_message_is_named_once(make_mail: 
     assert run_as("mst-alice", smtp(mail.postfix.port, "--messages", "20")).returncode == 0
     assert headers(mail.postfix, 20) == [[tag("mst-alice", "python3")]] * 20
     assert "550 5.7.1 User mst-bob is blocked" in run_as("mst-bob", smtp(mail.postfix.port)).stdout
+
+
+def test_where_the_milter_is_listed_twice_neither_session_takes_the_other_for_a_stranger(
+        make_mail: Callable, users: Any, sees_others: None) -> None:
+    """One of them waits for a helper that hangs, and takes note of the message later than the other."""
+    mail = make_mail({"main_cf": {"smtpd_milters": f"{MILTER}, {MILTER}"}}, unidentified_action="reject")
+    (helper,) = mail.milter.helper_pids()
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        assert run_as("mst-alice", smtp(mail.postfix.port)).returncode == 0, mail.milter.log()
+    finally:
+        os.kill(helper, signal.SIGCONT)
+    assert len(mail.milter.wait_lines(" user=mst-alice ", 2)) == 2
 
 
 # --- only local clients, and other milters ----------------------------------------------------------------------

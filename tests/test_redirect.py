@@ -106,7 +106,8 @@ class Namespace:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo ready; exec cat"],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        text=True)
         self.enter = ["nsenter", f"--target={self.process.pid}", "--net"]
         if not self.process.stdout.readline():
             pytest.skip(f"no network namespace here: {self.process.communicate()[1].strip()}")
