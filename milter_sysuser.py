@@ -711,7 +711,8 @@ class KernelLookup:
         if isinstance(dialled, str):
             return 0, None, dialled
         interface, client_end = self.find_on_any_device(client, dialled)
-        uids = {diag.uid for address in (b"\0" * 4, b"\0" * 16)
+        families = (b"\0" * 4, b"\0" * 16)[len(dialled.address) == 16:]  # v4-mapped sockets are in both
+        uids = {diag.uid for address in families
                 for diag in dump_sockets(Endpoint(address, 0), Endpoint(b"", dialled.port))
                 if diag.destination == dialled and diag.inode and diag.received == mta_end.sent}
         now, why = self.find(mta_end.source, client, LOOPBACK), why_no_owner(client_end, mta_end)
@@ -1597,7 +1598,7 @@ class Finder:
         except BusyError:
             self.paused_until[payer] = time.monotonic() + PAUSE_SECONDS
             return {"why": "busy"}
-        except OSError:
+        except (OSError, struct.error):
             pass
         return {"why": "gone"}
 
