@@ -35,6 +35,12 @@ def status(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def is_serving(helper: int) -> bool:
+    """Tell whether it waits for a question: it has made itself what it is, and sleeps."""
+    found = status(helper)
+    return found["NoNewPrivs"] == "1" and found["State"].startswith("S")
+
+
 def descriptors(pid: int) -> dict[int, str]:
     """Say what a process has open."""
     return {int(number): os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
@@ -90,6 +96,7 @@ def test_the_helper_has_its_channel_and_nothing_that_was_left_open(redirection: 
     milter.command = ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *milter.command]
     milter.start()
     (helper,) = milter.helper_pids()
+    mta.wait_for(lambda: is_serving(helper), what="the helper")
     opened = descriptors(helper)
     assert [opened.pop(number) for number in (0, 1)] == ["/dev/null"] * 2
     assert opened.pop(2) in (f"{milter.directory}/milter.log", "/dev/null")
@@ -186,6 +193,7 @@ def test_the_helper_ends_with_the_milter(how: str, stopped: bool, make_milter: A
     """However the milter ends, no process with a capability is left."""
     milter = make_milter().start()
     (helper,) = milter.helper_pids()
+    mta.wait_for(lambda: is_serving(helper), what="the helper")  # it is ended by the kernel from just before on
     if stopped:
         os.kill(helper, signal.SIGSTOP)
     milter.process.send_signal(getattr(signal, "SIG" + how))
