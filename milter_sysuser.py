@@ -582,11 +582,11 @@ def fold(words: list[str], taken: int) -> str:
     return "\n\t".join(lines)
 
 
-def remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REMEMBERED) -> None:
     """Put an entry into a bounded memory; what was put there the longest ago is forgotten first."""
     memory.pop(key, None)
     memory[key] = value
-    if len(memory) > MOST_REMEMBERED:
+    if len(memory) > most:
         del memory[next(iter(memory))]
 
 
@@ -975,7 +975,9 @@ class Directory:
     when a file of accounts changes. For something new the session that asks waits, and no other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_REMEMBERED) -> None:
+        """Begin; most: answers to remember."""
+        self.most = most
         self.lock, self.changes = threading.Lock(), 0  # counts the answers that differ from the last
         self.answers: dict[Any, tuple[Any, float, Any]] = {}  # with their time, and state of the files
         self.asked: dict[Any, threading.Event] = {}
@@ -1025,7 +1027,7 @@ class Directory:
             try:
                 answer = function(key, last, files != then)
                 self.changes += answer != last
-                remember(self.answers, question, (answer, time.monotonic(), files))
+                remember(self.answers, question, (answer, time.monotonic(), files), self.most)
             except Exception as error:
                 complain("the directory service (NSS) could not be asked", str(error))
             with self.lock:
@@ -2411,7 +2413,8 @@ def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
 
 def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
-    shared, lists = SysuserMilter, Directory()  # no flood of senders pushes a list's answers out of memory
+    # The lists have one of their own, with room for the longest file: no flood of senders fills it.
+    shared, lists = SysuserMilter, Directory(MOST_FILE_BYTES)
     shared.directory, shared.limits = Directory(), Limits(hourly_limits)
     shared.blocked = UserList(lists, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
                               os.geteuid())
