@@ -27,6 +27,7 @@ case "$*" in
     "-u milter_sysuser -o cat" | "-u milter_sysuser -o cat --since today" | \
     "-u milter_sysuser -o cat --since 1 hour ago") exec sed 's/^<[0-9]>//' "$MILTER_LOG" ;;
     "-t postfix/pickup _UID=$(id -u postfix) -o cat") exec sed -n 's/^.* postfix\/pickup\[[0-9]*\]: //p' "$POSTFIX_LOG" ;;
+    "-u milter_sysuser -p warning -q -o cat --since 1 hour ago") exec sed -n 's/^<[0-4]>//p' "$MILTER_LOG" ;;
     *) echo "journalctl $*: what is that?" >&2; exit 2 ;;
 esac
 """
@@ -233,6 +234,17 @@ def test_the_top_senders_are_counted_in_the_milters_own_log(make_logged: Callabl
     remote = "<6>4ZTEST: client=192.0.2.7:4711 from=x@example.org rcpts=50 action=pass\n"  # mail of another host
     answer = reader(recipe(TOP)[0], mail.milter.log() + remote).splitlines()
     assert answer[:3] == ["6 2 user=mst-alice", "4 4 user=mst-bob", "1 1 user=nobody"]
+
+
+def test_root_is_mailed_what_needs_somebody(make_logged: Callable, reader: Callable, users: types.SimpleNamespace) -> None:
+    """A user at four fifths of his limit and over it, each once; in a quiet hour nothing is printed."""
+    mail = make_logged(hourly_limits={"mst-bob": 5}, unidentified_action="tempfail")
+    reader(recipe("Mail root what needs somebody")[0])
+    assert reader("/etc/cron.hourly/milter-warnings", mail.milter.log()) == ""
+    mta.run_as("mst-bob", mta.smtp(mail.postfix.port, "--messages", "8"))
+    mail.milter.wait_lines("action=", 8)
+    assert reader("/etc/cron.hourly/milter-warnings", mail.milter.log()).splitlines() == [
+        "user=mst-bob has addressed 4 of 5 recipients an hour", "user=mst-bob is over the limit of 5 recipients an hour"]
 
 
 def test_root_is_mailed_who_was_refused(reader: Callable) -> None:
