@@ -1125,7 +1125,7 @@ def test_a_helper_that_does_not_answer_refuses_nothing_for_good(users: Any, make
 def test_a_standard_error_that_nobody_reads_holds_no_mail(users: Any, make_milter: Any) -> None:
     """It is a pipe that another program has filled: a line is lost, and the next is written once there is room."""
     near, far = os.pipe()
-    milter = make_milter(prefix=["sh", "-c", f'exec "$@" 2>&{far}', "sh"])
+    milter = make_milter(prefix=[mta.PYTHON, "-c", f"import os, sys; os.dup2({far}, 2); os.execv(sys.argv[1], sys.argv[1:])"])
     milter.options["pass_fds"] = [far]
     try:
         milter.start()
