@@ -259,6 +259,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
+        THIS_THREAD.session = self  # pymilter keeps one thread state for each session
         if self.client:  # a session whose client is announced once more begins anew
             self.close()
         self.confirmed, self.ended, self.facts = False, False, None
@@ -475,9 +476,18 @@ class SysuserMilter(Base):  # type: ignore[misc]
         say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
 
 
+THIS_THREAD = threading.local()
+
+
 def report_exception(kind: Any, error: Any, trace: Any) -> None:
-    """Log a traceback; pymilter's own, from bytes it cannot decode, come here as sys.excepthook."""
-    if complain(f"a callback failed: {kind.__name__}"):
+    """Log a traceback; pymilter's own, from bytes it cannot decode, come here as sys.excepthook.
+
+    What it cannot decode may be the name behind EHLO, at which the owner is confirmed all the same.
+    """
+    session = getattr(THIS_THREAD, "session", None)
+    if kind is UnicodeDecodeError and session and not session.confirmed:
+        session.hello("")
+    if complain(f"a callback failed: {kind.__name__}") and kind is not UnicodeDecodeError:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             say(ERROR, "  " + line.encode("ascii", "backslashreplace").decode())
 

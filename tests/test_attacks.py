@@ -797,6 +797,24 @@ def test_a_client_that_resets_with_its_last_byte_is_named_and_counted(strict: Si
     assert {one.action for one in said[1:]} == {"tempfail"} and {one.reason for one in said[1:]} == {"limit"}, said
 
 
+def test_a_name_behind_ehlo_that_is_not_utf8_hides_nobody(site: Site) -> None:
+    """pymilter cannot pass it on, and behind the answer a client may send all the rest at once, and reset."""
+    for _ in range(5):
+        client = site.start(r"""
+sock = dial()
+lines, body = sock.makefile("rb"), b"Subject: x\r\n\r\nbody\r\n"
+lines.readline()
+sock.sendall(b"EHLO \xff\r\n")
+while lines.readline()[3:4] == b"-":
+    pass
+lines.close()
+sock.sendall(b"MAIL FROM:<%s@example.org>\r\nRCPT TO:<to@example.org>\r\nBDAT %d LAST\r\n" % (NAME.encode(), len(body)) + body)
+reset(sock)""")
+        _, errors = client.communicate(timeout=60)
+        assert client.returncode == 0, errors
+        assert site.said(client.name).user == "mst-alice"
+
+
 RACER = """
 import random, ssl
 give = os.fdopen(int(ARGS[0]), "w", 1)
