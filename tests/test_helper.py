@@ -257,7 +257,7 @@ class Fake:
         self.describer = ms.Describer(near, False)
 
         def serve() -> None:
-            with contextlib.suppress(ConnectionResetError):  # by an end that has left answers unread
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # by an end that listens no more
                 while data := self.far.recv(100):
                     self.numbers.append(ms.QUESTION.unpack(data)[0])
                     answer(self.numbers[-1], self.far)
