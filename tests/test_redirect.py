@@ -209,6 +209,7 @@ def network(users: Any) -> Iterator[Net]:
         assert server.stdout.readline() == "ready\n"
         unhelped = "{ unix:private/unhelped.sock, default_action=accept }"
         postfix = stack.enter_context(Inside(host.enter, addresses="all",
+                                             main_cf={"smtpd_forbid_unauth_pipelining": "no"},  # as before 3.9
                                              services={"unhelped": {"smtpd_milters": unhelped}}))
         milter = stack.enter_context(Milter(postfix, prefix=host.enter, blocked_mailusers=["mst-bob"]))
         yield Net(host=host, guest=guest, world=world, postfix=postfix, milter=milter)
