@@ -240,7 +240,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
         self.facts: Optional[Facts] = None  # of the process; None: not asked for yet
-        self.account: Optional[Account] = None  # of the owner, at the beginning of the message
+        self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
         self.forged: list[str] = []
         self.hidden = False  # whether a header of our name stands behind a bare CR
