@@ -189,6 +189,7 @@ TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, s
 STATES = {1, 4, 5, 8, 9, 11}
 ESTABLISHED = 1
 STATES_MASK = sum(1 << state for state in STATES)
+FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
 LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
 # What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
 NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
@@ -353,12 +354,11 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def close(self) -> int:
         """Give the socket back."""
         self.ended = True
+        cookie = self.owner.cookie if self.owner else None
         with self.claims_lock:
-            claimed = self.claims.get(self.owner.cookie, []) if self.owner else []
-            if self in claimed:
-                claimed.remove(self)
-            if self.owner and not claimed:
-                self.claims.pop(self.owner.cookie, None)
+            others = [session for session in self.claims.pop(cookie, []) if session is not self]
+            if others:
+                self.claims[cookie] = others
         return int(Milter.CONTINUE)
 
     def confirm(self, owner: ClientSocket) -> str:
@@ -380,14 +380,16 @@ class SysuserMilter(Base):  # type: ignore[misc]
         cookie, mta_bytes_read = self.lookup.look_again(owner)
         if cookie != owner.cookie:
             return "reused" if cookie else "closed"
-        if strangers:
-            if not self.queue_id and not all(rival.ended for rival in strangers):
-                return "reused"  # perhaps by the same message: that shows from DATA on
-            self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
-            self.rivals = [rival for rival in self.rivals if not rival.ended]
-            return "reused"
-        self.confirmed = mta_bytes_read > owner.mta_bytes_read
+        self.confirmed = not strangers and mta_bytes_read > owner.mta_bytes_read
+        # A stranger may be here for the same message: that shows from DATA on.
+        if strangers and (self.queue_id or all(rival.ended for rival in strangers)):
+            self.begin_anew(owner, mta_bytes_read)
         return "" if self.confirmed else "reused"
+
+    def begin_anew(self, owner: ClientSocket, mta_bytes_read: int) -> None:
+        """Believe nothing that the MTA has read until now, and forget the rivals that have ended."""
+        self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
+        self.rivals = [rival for rival in self.rivals if not rival.ended]
 
     def strangers(self) -> list[SysuserMilter]:
         """Give the rivals that are not known to be the same session of the MTA's.
@@ -430,11 +432,12 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def judge(self, sender: Sender) -> Verdict:
         """Say what becomes of the message."""
-        forged = self.forgery()
-        if forged or self.owner is None:
-            return Verdict("reject", "forged", forged) if forged else Verdict("pass")
+        if self.forgery():
+            return Verdict("reject", "forged", self.forgery())
+        if self.owner is None:
+            return Verdict("pass")
         blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
-        for suspect in filter(None, (sender.account, sender.maybe, None if sender.account else sender.holder)):
+        for suspect in sender.suspects():
             refused = refusal_of(suspect, blocked, allowed)
             if refused:
                 return refused
@@ -538,6 +541,11 @@ class Sender(NamedTuple):
     maybe: Optional[Account] = None  # who was seen, and could not be confirmed
     holder: Optional[Account] = None  # who has the socket, if that is somebody else
 
+    def suspects(self) -> list[Account]:
+        """Give whom the lists are asked about: the sender, else all who may be him."""
+        accounts = (self.account,) if self.account else (self.maybe, self.holder)
+        return [account for account in accounts if account]
+
     def values(self, fields: Iterable[str]) -> list[tuple[str, Any]]:
         """Give the fields of a header or log line with their values, None where one is unknown."""
         account = self.account
@@ -630,7 +638,7 @@ def say(level: int, text: str) -> None:
 COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
 
 
-def complain(text: str, detail: str = "", level: int = ERROR) -> bool:
+def complain(text: str, *details: str, level: int = ERROR) -> bool:
     """Log what may repeat for every message, once a minute with a count; tell whether it was."""
     last, count = COMPLAINTS.get(text, (float("-inf"), 0))
     if time.monotonic() - last < REFRESH_SECONDS:
@@ -638,7 +646,7 @@ def complain(text: str, detail: str = "", level: int = ERROR) -> bool:
         return False
     remember(COMPLAINTS, text, (time.monotonic(), 0))
     more = f" ({count} more before)" if count else ""
-    say(level, text + (f": {quote(detail)}" if detail else "") + more)
+    say(level, ": ".join([text, *map(quote, details)]) + more)
     return True
 
 
@@ -656,6 +664,7 @@ class Diag(NamedTuple):
     read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
     received: int  # 0 before Linux 4.1
     sent: int  # 0 before Linux 4.19
+    interface: int  # the index under which it was asked for
 
 
 def endpoint(address: str, port: int) -> Endpoint:
@@ -691,91 +700,70 @@ class KernelLookup:
 
         server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
         """
-        server = self.whole_server_end(client, server)
-        interface, client_end = LOOPBACK, self.find(client, server, LOOPBACK) if server else None
+        if not is_whole(server):
+            sockets = dump_sockets(server.port if server else 0, client.port)
+            server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+        client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
             return None
         if server is None:
             return ClientSocket(None, "closed")
+        client_end = client_end or self.find_on_any_device(client, server)
         if client_end is None:
-            interface, client_end = self.find_on_any_device(client, server)
-        mta_end = self.find(server, client, interface)
-        why = why_no_owner(client_end, mta_end)
-        if client_end is None and mta_end and mta_end.inode:
-            interface, client_end, why = self.find_redirected(client, mta_end)
-        if why:
-            return ClientSocket(None, why)
-        client_end, mta_end = cast(Diag, client_end), cast(Diag, mta_end)  # else "why" says so
-        return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
-                            client, server, interface, mta_end.read)
+            return self.find_redirected(client, server)
+        return client_socket(client_end, self.find(server, client, client_end.interface))
 
-    def find_redirected(self, client: Endpoint, mta_end: Diag) -> tuple[int, Optional[Diag], str]:
-        """Ask for the client's end by what it dialled before NAT changed that; or say why not.
+    def find_redirected(self, client: Endpoint, server: Endpoint) -> ClientSocket:
+        """Say whose the client's end is, which NAT hides: by what it dialled before that was changed.
 
         NAT changes a source port, too, where two connections would else be the same. It may then be
         that of somebody who dialled the same and was not redirected. So of all sockets that dialled
         it and have received as much as the MTA has sent, none may be another user's. While the
         MTA's end is established, the client's has not been closed and is among them.
         """
+        mta_end = self.find(server, client)
+        if mta_end is None or not mta_end.inode:
+            return ClientSocket(None, "closed")
         dialled = self.dialled(mta_end)
         if isinstance(dialled, str):
-            return 0, None, dialled
-        interface, client_end = self.find_on_any_device(client, dialled)
-        families = (b"\0" * 4, b"\0" * 16)[len(dialled.address) == 16:]  # v4-mapped sockets are in both
-        uids = {diag.uid for address in families
-                for diag in dump_sockets(Endpoint(address, 0), Endpoint(b"", dialled.port))
-                if diag.destination == dialled and diag.inode and diag.received == mta_end.sent}
-        now, why = self.find(mta_end.source, client, LOOPBACK), why_no_owner(client_end, mta_end)
-        if now is None or now.state != ESTABLISHED:
-            why = "closed"
-        elif client_end and uids != {client_end.uid}:
-            why = "reused"
-        return interface, client_end, why
+            return ClientSocket(None, dialled)
+        client_end = self.find_on_any_device(client, dialled)
+        uids = {diag.uid for diag in dump_sockets(0, dialled.port)
+                if (diag.destination, diag.received) == (dialled, mta_end.sent) and diag.inode}
+        now = self.find(server, client)
+        if client_end is None or now is None or now.state != ESTABLISHED:
+            return ClientSocket(None, "closed")
+        return client_socket(client_end, mta_end if uids == {client_end.uid} else None)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
         mta_end = self.find(owner.mta_end, owner.client, owner.interface)
         return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
 
-    def find(self, source: Endpoint, destination: Endpoint, interface: int) -> Optional[Diag]:
-        """Ask for one socket by both ends; None if there is none."""
+    def find(self, source: Endpoint, destination: Endpoint, interface: int = LOOPBACK) -> Optional[Diag]:
+        """Ask for one socket by both ends; None if there is none.
+
+        One that is bound to a device is found under its index only, any other under each.
+        """
         question = diag_request(source, destination, interface)
         try:
-            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question))
+            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question), interface)
         except FileNotFoundError:
             return None
-        # The kernel may offer a listener instead.
-        is_it = (diag.source, diag.destination) == (source, destination) and diag.state in STATES
-        return diag if is_it else None
+        found = diag.source, diag.destination, diag.state in STATES
+        return diag if found == (source, destination, True) else None  # it may offer a listener
 
-    def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> tuple[int, Optional[Diag]]:
-        """Ask for one socket whatever device it is bound to; give the index that found it, too.
-
-        A socket that is bound to a device is found under its index only, any other under each.
-        """
+    def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
+        """Ask for one socket whatever device it is bound to; None if there is none."""
         for interface, _ in socket.if_nameindex():
             diag = self.find(source, destination, interface)
             if diag:
-                return interface, diag
-        return 0, None
-
-    def whole_server_end(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[Endpoint]:
-        """Read what the MTA does not say of its end from the kernel; None if there is none, or several."""
-        port = server.port if server else 0
-        if server and port and any(server.address):
-            return server
-        ends = set()
-        for address in b"\0" * 4, b"\0" * 16:
-            for diag in dump_sockets(Endpoint(address, port), Endpoint(b"", client.port)):
-                accepted = diag.destination == client and diag.inode
-                if accepted and port in (0, diag.source.port):
-                    ends.add(diag.source)
-        return ends.pop() if len(ends) == 1 else None
+                return diag
+        return None
 
     def is_local(self, address: bytes) -> bool:
         """Tell whether the routing table has an address as this host's own; OSError."""
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-        question = struct.pack("=BB10xHH", family, 8 * len(address), 4 + len(address), RTA_DST)
+        question = struct.pack("=BB10xHH", FAMILIES[len(address)], 8 * len(address), 4 + len(address), RTA_DST)
         try:
             route = self.ask(self.rtnetlink, RTM_GETROUTE, question + address)
         except OSError as error:
@@ -792,33 +780,60 @@ class KernelLookup:
         """
         with self.lock:
             self.number = number = (self.number + 1) & 0xFFFFFFFF
-            request = struct.pack("=IHHII", 16 + len(question), kind, NLM_F_REQUEST, number, 0) + question
+            request = netlink_message(kind, NLM_F_REQUEST, number, question)
             checked(LIBC.send(netlink.fileno(), request, len(request), 0))
-            while True:
+            answered = None
+            while answered != number:  # another is left from a question that failed
                 size = checked(LIBC.recv(netlink.fileno(), self.buffer, len(self.buffer), socket.MSG_DONTWAIT))
                 answer = ctypes.string_at(self.buffer, size)
                 _, kind, _, answered = struct.unpack_from("=IHHI", answer)
-                if answered == number:  # else it is left from a question that failed
-                    break
         return netlink_body(kind, answer[16:])
 
 
-def dump_sockets(source: Endpoint, destination: Endpoint) -> list[Diag]:
-    """List the TCP sockets with these ports (0: any), of the source's family; takes milliseconds."""
-    question = diag_request(source, destination, 0)
-    header = struct.pack("=IHHII", 16 + len(question), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 0, 0)
-    found = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-        netlink.send(header + question)
-        while True:
-            data = netlink.recv(32768)
-            while data:
-                size, kind = struct.unpack_from("=IH", data)
-                body = netlink_body(kind, data[16:size])
-                if kind == NLMSG_DONE:
-                    return found
-                found.append(read_diag(body))
-                data = data[max(16, (size + 3) & ~3):]
+def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
+    """Put together what the kernel says of both ends; an owner that cannot be known is None."""
+    if not client_end.uid and not client_end.inode:
+        return ClientSocket(None, "closed")  # an orphan: the kernel has forgotten whose it was
+    if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
+        return ClientSocket(None, "error")
+    if mta_end is None or not mta_end.inode:
+        return ClientSocket(None, "reused")  # the MTA accepted the one it asks about: this is a later one
+    return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
+                        mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
+
+
+def is_whole(end: Optional[Endpoint]) -> bool:
+    """Tell whether the MTA says all of an end: an address that is no wildcard, and a port."""
+    return end is not None and end.port > 0 and any(end.address)
+
+
+def server_end(client: Endpoint, sockets: Iterable[tuple[Endpoint, Endpoint]]) -> Optional[Endpoint]:
+    """Find the MTA's end among sockets, by its peer; None if there is none, or several."""
+    ends = {near for near, far in sockets if far == client}
+    return ends.pop() if len(ends) == 1 else None
+
+
+def dump_sockets(source_port: int, destination_port: int) -> list[Diag]:
+    """List the TCP sockets with these ports (0: any); takes milliseconds."""
+    found: list[Diag] = []
+    for address in b"\0" * 4, b"\0" * 16:
+        question = diag_request(Endpoint(address, source_port), Endpoint(address, destination_port), 0)
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+            netlink.send(netlink_message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 0, question))
+            kind = 0
+            while kind != NLMSG_DONE:
+                data = netlink.recv(32768)
+                while data:
+                    size, kind = struct.unpack_from("=IH", data)
+                    body = netlink_body(kind, data[16:size])
+                    found += [] if kind == NLMSG_DONE else [read_diag(body)]
+                    data = data[max(16, (size + 3) & ~3):]
+    return found
+
+
+def netlink_message(kind: int, flags: int, number: int, body: bytes) -> bytes:
+    """Put the header before a message (struct nlmsghdr)."""
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body
 
 
 def netlink_body(kind: int, body: bytes) -> bytes:
@@ -838,48 +853,39 @@ def checked(result: int) -> int:
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
     """Build a struct inet_diag_req_v2 for one socket, given by both ends."""
-    family = socket.AF_INET6 if len(source.address or destination.address) == 16 else socket.AF_INET
-    return struct.pack("=BBBBI2s2s16s16sIQ", family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0,
-                       STATES_MASK, source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
-                       source.address, destination.address, interface, ANY_COOKIE)
+    return struct.pack("=BBBBI2s2s16s16sIQ", FAMILIES[len(source.address)], socket.IPPROTO_TCP,
+                       1 << (INET_DIAG_INFO - 1), 0, STATES_MASK, source.port.to_bytes(2, "big"),
+                       destination.port.to_bytes(2, "big"), source.address, destination.address,
+                       interface, ANY_COOKIE)
 
 
-def read_diag(body: bytes) -> Diag:
+def read_diag(body: bytes, interface: int = 0) -> Diag:
     """Read one struct inet_diag_msg with its attributes; OSError if it is cut short."""
     if len(body) < 72:
         raise OSError(0, "sock_diag gave a message that is cut short")
-    family, state = body[0], body[1]
-    ends = []
-    for port, address in (body[4:6], body[8:24]), (body[6:8], body[24:40]):
-        if family == socket.AF_INET:
-            address = address[:4]
-        elif address.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped
-            address = address[12:]
-        ends.append(Endpoint(address, int.from_bytes(port, "big")))
+    source = diag_end(body[0], body[4:6], body[8:24])
+    destination = diag_end(body[0], body[6:8], body[24:40])
     cookie, _, unread, _, uid, inode = struct.unpack_from("=QIIIII", body, 44)
-    cgroup, read, received, sent, at = 0, 0, 0, 0, 72
+    attributes, at = {}, 72
     while at + 4 <= len(body):
         size, kind = struct.unpack_from("=HH", body, at)
-        if kind == INET_DIAG_CGROUP_ID:
-            cgroup = struct.unpack_from("=Q", body, at + 4)[0]
-        elif kind == INET_DIAG_INFO and size >= 4 + TCPI_BYTES_RECEIVED + 8:
-            received = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_RECEIVED)[0]
-            read = received - unread
-            if size >= 4 + TCPI_BYTES_SENT + 8:
-                sent = struct.unpack_from("=Q", body, at + 4 + TCPI_BYTES_SENT)[0]
+        attributes[kind] = body[at + 4:at + size]
         at += max((size + 3) & ~3, 4)
-    return Diag(state, ends[0], ends[1], uid, inode, cookie, cgroup, read, received, sent)
+    cgroup = int.from_bytes(attributes.get(INET_DIAG_CGROUP_ID, b""), sys.byteorder)
+    info = attributes.get(INET_DIAG_INFO, b"")
+    received = int.from_bytes(info[TCPI_BYTES_RECEIVED:][:8], sys.byteorder)
+    sent = int.from_bytes(info[TCPI_BYTES_SENT:][:8], sys.byteorder)
+    read = max(0, received - unread)
+    return Diag(body[1], source, destination, uid, inode, cookie, cgroup, read, received, sent, interface)
 
 
-def why_no_owner(client_end: Optional[Diag], mta_end: Optional[Diag]) -> str:
-    """Say why the owner of the client's end is not known, or ""."""
-    if client_end is None or (not client_end.uid and not client_end.inode):
-        return "closed"  # an orphan: the kernel has forgotten whose it was
-    if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
-        return "error"
-    if mta_end is None or not mta_end.inode:
-        return "reused"  # the MTA has accepted the one it asks about: this is a later one
-    return ""
+def diag_end(family: int, port: bytes, address: bytes) -> Endpoint:
+    """Read one end of a socket as struct inet_diag_sockid has it."""
+    if family == socket.AF_INET:
+        address = address[:4]
+    elif address.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped
+        address = address[12:]
+    return Endpoint(address, int.from_bytes(port, "big"))
 
 
 class PsutilLookup:
@@ -889,20 +895,18 @@ class PsutilLookup:
 
     def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
         """Say who has the client's end; None if it is not on this host; psutil.Error, OSError."""
-        found = [(endpoint(*one.laddr), endpoint(*one.raddr), one.pid)
-                 for one in psutil.net_connections("tcp") if one.raddr]
-        if server is None or not server.port or not any(server.address):
-            ends = {near for near, far, _ in found if far == client}
-            server = ends.pop() if len(ends) == 1 else None
-        for near, far, pid in found:
-            if (near, far) == (client, server):
-                if pid is None:  # psutil.Process(None) would be this process
-                    return ClientSocket(None, "not-permitted")
-                holder = psutil.Process(pid)
-                return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
-                                    mta_end=far, process=holder)
-        local = ipaddress.ip_address(client.address) in own_addresses()
-        return ClientSocket(None, "closed") if local or client.address[:1] == b"\x7f" else None
+        found = {(endpoint(*one.laddr), endpoint(*one.raddr)): one.pid
+                 for one in psutil.net_connections("tcp") if one.raddr}
+        server = server if is_whole(server) else server_end(client, found)
+        if (client, server) not in found:
+            local = ipaddress.ip_address(client.address) in own_addresses()
+            return ClientSocket(None, "closed") if local or client.address[:1] == b"\x7f" else None
+        pid = found[client, cast(Endpoint, server)]
+        if pid is None:  # psutil.Process(None) would be this process
+            return ClientSocket(None, "not-permitted")
+        holder = psutil.Process(pid)
+        return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
+                            mta_end=cast(Endpoint, server), process=holder)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Look for the holder once more. What the MTA has read is not known: it counts as more."""
@@ -930,19 +934,17 @@ def choose_lookup(dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Look
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as connection:
             client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
+            expected = os.geteuid(), os.fstat(connection.fileno()).st_ino
             try:
                 lookup = KernelLookup(dialled)
-                diag, local = lookup.find(client, server, LOOPBACK), lookup.is_local(client.address)
+                diag, local = lookup.find(client, server), lookup.is_local(client.address)
             except OSError as error:
                 return PsutilLookup(), f"sock_diag: {error.strerror}"
-            expected = os.geteuid(), os.fstat(connection.fileno()).st_ino
     if diag is None:
-        problem = "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
-    elif (diag.uid, diag.inode) != expected or not local:
-        problem = "sock_diag and rtnetlink are wrong about a connection of our own"
-    else:
-        return lookup, ""
-    return PsutilLookup(), problem
+        return PsutilLookup(), "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+    if (diag.uid, diag.inode, local) != (*expected, True):
+        return PsutilLookup(), "sock_diag and rtnetlink are wrong about a connection of our own"
+    return lookup, ""
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
@@ -972,9 +974,8 @@ def why_not_root(port: int, facts: Facts) -> str:
         low, high = map(int, file.read().split())  # the ports the kernel gives to clients by itself
     if not low <= port <= high:
         return "handed-down"
-    if "holder" not in facts:
-        return str(facts.get("why", "error"))
-    return "" if facts["holder"] == 0 else "handed-down"
+    not_held = str(facts.get("why", "error"))
+    return {None: not_held, 0: ""}.get(facts.get("holder"), "handed-down")
 
 
 # --------------------------------------------------------- policy: who that is, and what he may do
@@ -1014,11 +1015,12 @@ class Directory:
         if known and now - since < REFRESH_SECONDS:
             return answer, True
         with self.lock:
-            event, is_first = self.asked.get(question), question not in self.asked
-            if event is None:
-                event = self.asked[question] = threading.Event()
+            wait = 0.0 if question in self.asked else again
+            if question not in self.asked:
+                self.asked[question] = threading.Event()
                 self.questions.put(question)
-        answered = event.wait((again if is_first else 0.0) if known else first)
+            event = self.asked[question]
+        answered = event.wait(wait if known else first)
         if not answered and not known and function is look_up_account:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
             with self.lock:  # nobody waits: a flood of uids that are new holds up no others
@@ -1029,21 +1031,23 @@ class Directory:
     def _work(self) -> None:
         while True:
             question = self.questions.get()
-            event, files = self.asked.get(question), state_of_files()
-            if event is None:
-                continue
-            last, _, then = self.answers.get(question, (None, 0.0, files))
-            function, key = question
-            try:
-                answer = function(key, last, files != then)
-                self.changes += answer != last
-                remember(self.answers, question, (answer, time.monotonic(), files), self.most)
-            except Exception as error:
-                complain("the directory service (NSS) could not be asked", str(error))
-            with self.lock:
-                latest = self.asked.pop(question, event)
-            for waited_for in event, latest:
-                waited_for.set()
+            event = self.asked.get(question)
+            if event:  # else nobody waits any more
+                self._answer(*question)
+                event.set()
+                with self.lock:
+                    self.asked.pop(question, event).set()  # whoever asked meanwhile
+
+    def _answer(self, function: Callable[..., Any], key: Any) -> None:
+        files = state_of_files()
+        last, _, then = self.answers.get((function, key), (None, 0.0, files))
+        try:
+            answer = function(key, last, files != then)
+        except Exception as error:
+            complain("the directory service (NSS) could not be asked", str(error))
+            return
+        self.changes += answer != last
+        remember(self.answers, (function, key), (answer, time.monotonic(), files), self.most)
 
 
 def state_of_files() -> tuple[Any, ...]:
@@ -1198,20 +1202,23 @@ class UserList:
     def _make(self) -> Entries:
         uids, names, gids, unresolved = set(), set(), set(), set()
         for entry in map(str, self.listed):
-            if entry.isdigit():
-                uids.add(int(entry))
-                names.add(entry)  # a user can be called that, too
-                continue
-            group = entry.startswith("@")
-            function, name = (look_up_group, entry[1:]) if group else (look_up_name, entry)
-            wait = max(0.0, self.read_at + FIRST_SECONDS - time.monotonic())
-            number, answered = self.directory.ask(function, name, wait, 0.0)
-            (gids if group else uids).update(() if number is None else (number,))
-            (unresolved if number is None else set()).add(entry)
-            names.update(() if group else (entry,))
-            if answered and number is None:
-                self.warn(entry, "is not found; it is looked for again every minute")
+            number = int(entry) if entry.isdigit() else self._number(entry)
+            if number is None:
+                unresolved.add(entry)
+            else:
+                (gids if entry.startswith("@") else uids).add(number)
+            if not entry.startswith("@"):
+                names.add(entry)  # also digits: a user can be called that
         return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
+
+    def _number(self, entry: str) -> Optional[int]:
+        """Ask for the uid or gid of a name; None if it has none, or NSS has not said yet."""
+        function, name = (look_up_group, entry[1:]) if entry.startswith("@") else (look_up_name, entry)
+        wait = max(0.0, self.read_at + FIRST_SECONDS - time.monotonic())
+        number, answered = self.directory.ask(function, name, wait, 0.0)
+        if (number, answered) == (None, True):
+            self.warn(entry, "is not found; it is looked for again every minute")
+        return cast(Optional[int], number)
 
     def warn(self, entry: str, what: str) -> None:
         """Log something about an entry, once."""
@@ -1256,19 +1263,15 @@ def may_be_listed(account: Account, entries: Entries) -> bool:
     return unsaid and (account.name is None or not account.answered)
 
 
-def why_refused(account: Account, blocked: Entries, allowed: Optional[Entries]) -> str:
-    """Say by which list a user may not send, or ""."""
-    if is_listed(account, blocked):
-        return "blocked"
-    return "not-allowed" if allowed and not may_be_listed(account, allowed) else ""
-
-
 def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
     """Refuse a user whom the lists do not let send, for now if NSS has not said; None: they do."""
-    reason = why_refused(account, blocked, allowed)
-    if reason:
-        return refusal(reason, account.name or account.uid)
-    return unidentified("error", "tempfail") if allowed and not is_listed(account, allowed) else None
+    if is_listed(account, blocked):
+        return refusal("blocked", account.name or account.uid)
+    if allowed is None or is_listed(account, allowed):
+        return None
+    if may_be_listed(account, allowed):
+        return unidentified("error", "tempfail")
+    return refusal("not-allowed", account.name or account.uid)
 
 
 def whole(value: Any) -> bool:
@@ -1724,10 +1727,10 @@ def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
 
 def thread_tables(pid: int) -> list[str]:
     """Give the tables of a process's other threads, which need not be its first one's."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task") if os.stat(f"/proc/{pid}/task").st_nlink > 3 else []
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return []
+    threads: list[str] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        if os.stat(f"/proc/{pid}/task").st_nlink > 3:
+            threads = os.listdir(f"/proc/{pid}/task")
     return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
 
 
@@ -1849,7 +1852,8 @@ def cgroup_mount() -> Optional[int]:
     with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as mounts:
         for _, place, kind, *_ in map(bytes.split, mounts):
             with contextlib.suppress(OSError):  # in a directory closed to us, or below another mount
-                if kind == b"cgroup2" and os.stat(os.path.join(place, b"cgroup.controllers")):
+                if kind == b"cgroup2":
+                    os.stat(os.path.join(place, b"cgroup.controllers"))
                     return os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     return None
 
@@ -1873,10 +1877,9 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
 
 def lsof_candidates(uid: Optional[int]) -> list[int]:
     """List whom lsof is asked about: the owner's processes; for root's sockets all."""
-    own, others = [], []
-    for pid in psutil.pids():
-        (own if owner_of(pid) == uid else others).append(pid)
-    return own + (others if uid == 0 else [])
+    if uid == 0:
+        return sorted(psutil.pids(), key=lambda pid: owner_of(pid) != 0)
+    return [pid for pid in psutil.pids() if owner_of(pid) == uid]
 
 
 def known_processes(pids: Iterable[int]) -> dict[int, psutil.Process]:
@@ -1954,28 +1957,31 @@ def lsof_allowed() -> bool:
 def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Override settings by those of settings_file; give where each stands, and what is wrong."""
     path, sources, problems = values["settings_file"], {}, []
-    if path is None:
-        return sources, problems
     try:
-        if not isinstance(path, str) or not path.startswith("/"):
-            raise ValueError("must be an absolute path, or None")
-        lines = read_trusted(path, os.geteuid()).split("\n")
-    except FileNotFoundError:
-        return sources, problems
+        lines = settings_lines(path)
     except (OSError, ValueError) as error:
         return sources, [f"settings_file = {path!r}: {error}"]
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        where = f"{path}, line {number}"
+    for where, line in lines:
         name, value, problem = read_setting(line)
         if not problem and name in sources:
             problem = f"is there twice, see {sources[name]}"
         if problem:
-            problems.append(f"{where}: {shown(line.strip())}: {problem}")
+            problems.append(f"{where}: {shown(line)}: {problem}")
         else:
             values[name], sources[name] = value, where
     return sources, problems
+
+
+def settings_lines(path: Any) -> list[tuple[str, str]]:
+    """Read the lines of settings_file, each with where it stands; OSError, ValueError."""
+    if path_problem(path):
+        raise ValueError(path_problem(path))
+    try:
+        lines = read_trusted(path, os.geteuid()).split("\n") if path else []
+    except FileNotFoundError:
+        return []
+    return [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)
+            if re.match(r"\s*[^\s#]", line)]
 
 
 def read_setting(line: str) -> tuple[str, Any, str]:
@@ -1996,20 +2002,20 @@ def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterat
     number = f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
     name = "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
     is_name = isinstance(values["header_name"], str) and re.fullmatch(r"[!-9;-~]{1,76}", values["header_name"])
+    user = account_by_name(values["run_as_user"])
     problems = {
-        "socketname": socket_problem(values["socketname"], values["run_as_user"]),
+        "socketname": socket_problem(values["socketname"], user),
         "timeout": "" if whole(values["timeout"]) and values["timeout"] <= LONGEST_TIMEOUT else number,
-        "run_as_user": user_problem(values["run_as_user"]),
-        "blocked_mailusers_file": file_problem(values["blocked_mailusers_file"], values["run_as_user"]),
+        "run_as_user": user_problem(values["run_as_user"], user),
+        "blocked_mailusers_file": file_problem(values["blocked_mailusers_file"], user),
         "blocked_action": choice_problem(values["blocked_action"], BLOCKED_ACTIONS),
         "unidentified_action": choice_problem(values["unidentified_action"], UNIDENTIFIED_ACTIONS),
         "header_name": "" if is_name else name,
         "header_fields": fields_problem(values["header_fields"]),
         "log_fields": fields_problem(values["log_fields"])}
-    pairs = list(problems.items()) + list(list_problems(values))
-    for setting, problem in pairs:
+    for setting, problem in [*problems.items(), *list_problems(values)]:
+        where = f"{sources[setting]}: " if setting in sources else ""
         if problem:
-            where = f"{sources[setting]}: " if setting in sources else ""
             yield f"{where}{setting} = {shown(values[setting])}: {problem}"
 
 
@@ -2019,20 +2025,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 1000 else text[:1000] + "..."
 
 
-def socket_problem(path: Any, run_as: Any) -> str:
+def path_problem(path: Any) -> str:
+    """Check a setting that is a path, or None."""
+    well = path is None or re.fullmatch(r"/[^\0]*", str(path))
+    return "" if well else "must be an absolute path, or None"
+
+
+def socket_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
     """Check the socket's path and directory."""
-    well = isinstance(path, str) and path.startswith("/") and path.isprintable()
-    if not well or len(os.fsencode(path)) > 107:
+    if path_problem(path or "") or not path.isprintable() or len(os.fsencode(path)) > 107:
         return "must be an absolute path of at most 107 bytes, all printable"
     if "LISTEN_FDS" in os.environ:
         return ""  # the service manager has the socket
-    directory, user = os.path.dirname(path), account_by_name(run_as)
+    directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         return f"there is no directory {directory}"
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         return "there is something at that path that is not a socket"
     writable = user is None or may_write(os.stat(directory), user)
-    return "" if writable else f"user {run_as} may not write to {directory}"
+    return "" if writable else f"user {cast(Any, user).pw_name} may not write to {directory}"
 
 
 def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
@@ -2041,9 +2052,8 @@ def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
     return user.pw_uid == 0 or directory.st_mode >> shift & 3 == 3
 
 
-def user_problem(run_as: Any) -> str:
+def user_problem(run_as: Any, user: Optional[pwd.struct_passwd]) -> str:
     """Check run_as_user."""
-    user = account_by_name(run_as)
     if run_as is not None and user is None:
         return "there is no such user"
     if user and os.geteuid() not in (0, user.pw_uid):
@@ -2051,13 +2061,10 @@ def user_problem(run_as: Any) -> str:
     return ""
 
 
-def file_problem(path: Any, run_as: Any) -> str:
+def file_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
     """Check the block list's file."""
-    if path is None:
-        return ""
-    if not isinstance(path, str) or not path.startswith("/"):
-        return "must be an absolute path, or None"
-    user = account_by_name(run_as)
+    if path is None or path_problem(path):
+        return path_problem(path)
     try:
         read_entries(path, user.pw_uid if user else os.geteuid())
     except (OSError, ValueError) as error:
@@ -2090,8 +2097,8 @@ def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def command_problem(command: Any) -> str:
     """Check lsof_command."""
-    well = isinstance(command, list) and all(isinstance(word, str) and word and "\0" not in word for word in command)
-    return "" if well else "must be a list of words, or []"
+    well = isinstance(command, list) and all(isinstance(word, str) and word for word in command)
+    return "" if well and "\0" not in "".join(command) else "must be a list of words, or []"
 
 
 def limits_problems(limits: Any) -> Iterator[str]:
@@ -2174,16 +2181,20 @@ def check_postfix() -> None:
     early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
            "postconf -e smtpd_forbid_unauth_pipelining=yes")
-    for name, value in settings.items():
-        kind = name.split("/")[-1]
-        made_up = kind.endswith("_upstream_proxy_protocol") or (
-            kind == "smtpd_authorized_xclient_hosts" and may_be_local(value))
-        if value and made_up:
-            report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
-                   "allow it to addresses only that users of this host cannot have, on a port of its own")
-        elif value and kind == "smtpd_proxy_filter":
-            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
-                   "give local clients a listener with content_filter instead; see README, Content filters")
+    for name, value in filter(all, settings.items()):
+        check_clients(name, value, name.split("/")[-1])
+
+
+def check_clients(name: str, value: str, kind: str) -> None:
+    """Look whether a setting, of this kind, lets clients pass for others, or keeps them from us."""
+    made_up = kind.endswith("_upstream_proxy_protocol") or (
+        kind == "smtpd_authorized_xclient_hosts" and may_be_local(value))
+    if made_up:
+        report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
+               "allow it to addresses only that users of this host cannot have, on a port of its own")
+    if kind == "smtpd_proxy_filter":
+        report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
+               "give local clients a listener with content_filter instead; see README, Content filters")
 
 
 def check_smtpd_milters(settings: dict[str, str]) -> None:
@@ -2243,10 +2254,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    owner = check_owner(lookup, stranger) if stranger else None
-    if stranger is None:
-        report("users and programs of others", "not tried, no other user has a connection now",
-               "run this as root" + (", with CAP_SETUID" if privileged else ""))
+    owner = check_owner(lookup, stranger)
     if channel is None:
         check_without_helper(owner)
     elif owner:
@@ -2264,8 +2272,15 @@ def check_without_helper(owner: Optional[ClientSocket]) -> None:
            "and root, too, where sudo lsof is not there either", HELPER_CURE)
 
 
-def check_owner(lookup: KernelLookup, stranger: tuple[Endpoint, Endpoint, int]) -> Optional[ClientSocket]:
+Stranger = Optional[tuple[Endpoint, Endpoint, int]]  # another user's connection: both ends, his uid
+
+
+def check_owner(lookup: KernelLookup, stranger: Stranger) -> Optional[ClientSocket]:
     """Find the owner of another user's connection; None if that fails."""
+    if stranger is None:
+        report("users and programs of others", "not tried, no other user has a connection now",
+               "run this as root" + (", with CAP_SETUID" if os.geteuid() == 0 else ""))
+        return None
     for _ in range(5):  # one that is not ours can end meanwhile
         began = time.perf_counter()
         owner = lookup.find_client_socket(*stranger[:2])
@@ -2301,14 +2316,22 @@ def why_no_lsof() -> str:
     return "" if lsof_allowed() else "not allowed"
 
 
-def stranger_connection(lookup: KernelLookup) -> Optional[tuple[Endpoint, Endpoint, int]]:
-    """Give the ends and uid of another user's connection: one made for this by root, else any."""
-    if os.geteuid():
-        for diag in dump_sockets(Endpoint(b"\0" * 4, 0), Endpoint(b"", 0)):
-            other = diag.inode and diag.uid not in (0, os.geteuid())
-            if other and lookup.find(diag.destination, diag.source, LOOPBACK):
-                return diag.source, diag.destination, diag.uid
-        return None
+def stranger_connection(lookup: KernelLookup) -> Stranger:
+    """Give another user's connection: one made for this by root, else any."""
+    return connection_made() if os.geteuid() == 0 else connection_found(lookup)
+
+
+def connection_found(lookup: KernelLookup) -> Stranger:
+    """Give a connection that another user has to this host; None if there is none."""
+    for diag in dump_sockets(0, 0):
+        other = diag.inode and diag.uid not in (0, os.geteuid())
+        if other and lookup.find(diag.destination, diag.source):
+            return diag.source, diag.destination, diag.uid
+    return None
+
+
+def connection_made() -> Stranger:
+    """Have a user connect to this process; None if it may not become another."""
     # In a container that does not map all uids, 65534 stands for the others.
     name = "nobody" if mapped_uids() == ALL_UIDS else "daemon"
     listener, (near, far) = socket.create_server(("127.0.0.1", 0)), os.pipe()
@@ -2467,16 +2490,17 @@ def run() -> NoReturn:
     address = handed_over() or "unix:" + socketname
     threading.Thread(target=serve_mta, args=(address,), daemon=True).start()
     threading.Thread(target=announce, args=(address, ways), daemon=True).start()
-    stop(signal.sigwait(STOP_SIGNALS) == signal.SIGHUP)
+    told = signal.sigwait(STOP_SIGNALS)
+    stop(EX_RESTART if told == signal.SIGHUP else 0)
 
 
-def stop(again: bool) -> NoReturn:
+def stop(status: int) -> NoReturn:
     """End as told, and take the socket away unless the service manager keeps it."""
-    say(INFO, "stopped, to be started again" if again else "stopped")
+    say(INFO, {EX_RESTART: "stopped, to be started again"}.get(status, "stopped"))
     if not handed_over():
         with contextlib.suppress(OSError):
             os.unlink(socketname)
-    end(EX_RESTART if again else 0)
+    end(status)
 
 
 def serve_mta(address: str) -> None:
@@ -2488,7 +2512,7 @@ def serve_mta(address: str) -> None:
                "disable milter_sysuser.socket" if handed_over() else ""
         say(ERROR, f"{socketname}: {error}{cure}")
         end(EX_FAILED)
-    stop(False)  # libmilter waits for the same signals, and had one before the main thread did
+    stop(0)  # libmilter waits for the same signals, and had one before the main thread did
 
 
 def announce(address: str, ways: str) -> None:
@@ -2510,15 +2534,21 @@ def announce(address: str, ways: str) -> None:
 def end(status: int) -> NoReturn:
     """End at once: libmilter's own stop hangs under load (it destroys a mutex in use)."""
     if status == EX_CONFIG:
-        # The MTA must not wait on the service manager's socket until somebody mends the setting:
-        # nobody can connect any more, and who has connected is dropped.
         with contextlib.suppress(ValueError, OSError):
-            if handed_over():
-                given = socket.socket(fileno=HANDED_OVER)
-                given.shutdown(socket.SHUT_RDWR)
-                while True:
-                    given.accept()[0].close()
+            drop_waiting()
     os._exit(status)
+
+
+def drop_waiting() -> None:
+    """Let the MTA not wait on the service manager's socket until somebody mends the setting.
+
+    Nobody can connect any more, and who has connected is dropped, until there is nobody: OSError.
+    """
+    if handed_over():
+        given = socket.socket(fileno=HANDED_OVER)
+        given.shutdown(socket.SHUT_RDWR)
+        while True:
+            given.accept()[0].close()
 
 
 def main() -> int:
