@@ -223,6 +223,38 @@ def run_as(name: str, argv: Sequence[str], **kw: Any) -> subprocess.CompletedPro
                                          "timeout": 60, **kw})
 
 
+# --- what is started and stopped ------------------------------------------------------------------------------
+
+class Instance:
+    """What is started with "with", writes a log into its directory, and is stopped whatever happens."""
+
+    directory: pathlib.Path
+    log_name: str
+
+    def start(self) -> Any:
+        """Start it, and give it back when it serves."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop it."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def log(self) -> str:
+        """Give the text of its log."""
+        path = self.directory / self.log_name
+        return path.read_text(errors="backslashreplace") if path.exists() else ""
+
+
 # --- Postfix --------------------------------------------------------------------------------------------------
 
 MASTER_CF = """\
@@ -248,7 +280,7 @@ QUEUE_DIRECTORIES = {"maildrop": 0o730, "public": 0o710,  # postfix-files; the o
                                      .split(), 0o700)}
 
 
-class Postfix:
+class Postfix(Instance):
     """A Postfix of its own on a free port of loopback, that delivers example.org into one Maildir.
 
     directory  where it lives; None makes a temporary one, removed by stop()
@@ -258,6 +290,8 @@ class Postfix:
     addresses  inet_interfaces: "all" also listens on the host's other addresses
     discard    throw accepted mail away instead of delivering it, for loads
     """
+
+    log_name = "maillog"
 
     def __init__(self, directory: Optional[os.PathLike] = None, main_cf: Optional[Mapping[str, str]] = None,
                  master: Sequence[str] = (), services: Optional[Mapping[str, Mapping[str, str]]] = None,
@@ -344,21 +378,6 @@ class Postfix:
         """Read the configuration again: smtpd processes finish their client and end."""
         assert self.run("postfix", "reload").returncode == 0, self.log()
 
-    def __enter__(self) -> Postfix:
-        try:
-            return self.start()
-        except BaseException:
-            self.stop()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def log(self) -> str:
-        """Give the text of its mail log."""
-        path = self.directory / "maillog"
-        return path.read_text(errors="backslashreplace") if path.exists() else ""
-
     def postqueue(self) -> list[dict]:
         """List the queue: one dict a message, as postqueue -j prints it."""
         return [json.loads(line) for line in self.run("postqueue", "-j").stdout.splitlines()]
@@ -390,7 +409,7 @@ def edit_settings(source: str, settings: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
-class Milter:
+class Milter(Instance):
     """The milter as a process: an edited copy of the script, its standard error in a file.
 
     at        a Postfix (its directory and socket are used) or a directory; None: a temporary one, removed by stop()
@@ -401,6 +420,8 @@ class Milter:
     fds       descriptors that it inherits
     settings  what to change at the top of the file; settings_file is None unless given, whatever this host has
     """
+
+    log_name = "milter.log"  # its standard error, and output
 
     def __init__(self, at: "Postfix | os.PathLike | None" = None, *, user: Optional[str] = None,
                  prefix: Sequence[str] = (), args: Sequence[str] = (), env: Optional[Mapping[str, str]] = None,
@@ -483,21 +504,6 @@ class Milter:
         """Kill it outright; give the exit status."""
         self.process.kill()
         return self.process.wait(20)
-
-    def __enter__(self) -> Milter:
-        try:
-            return self.start()
-        except BaseException:
-            self.stop()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def log(self) -> str:
-        """Give what it wrote to standard error (and output)."""
-        path = self.directory / "milter.log"
-        return path.read_text(errors="backslashreplace") if path.exists() else ""
 
     def lines(self, containing: str = "") -> list[str]:
         """Give the lines of its log that contain a text."""

@@ -24,7 +24,7 @@ from typing import Any, Optional, Sequence
 
 import psutil
 
-from mta import DOMAIN, SYSTEM_PATH, free_port, identity, runs_programs, wait_for
+from mta import DOMAIN, SYSTEM_PATH, Instance, free_port, identity, runs_programs, wait_for
 
 SENDMAIL_FILES = pathlib.Path("/var/cache/milter-test/sendmail")
 
@@ -124,7 +124,7 @@ def unpack_sendmail(target: pathlib.Path = SENDMAIL_FILES) -> pathlib.Path:
     return target
 
 
-class Sendmail:
+class Sendmail(Instance):
     """A Sendmail of its own on a free port, that keeps all mail in one directory.
 
     directory  where it lives, as for Postfix. No directory above it may be writable by others, except sticky ones,
@@ -136,6 +136,8 @@ class Sendmail:
     lines      further lines of sendmail.mc
     deliver    False leaves accepted mail in the queue, for loads
     """
+
+    log_name = "maillog"
 
     def __init__(self, directory: Optional[os.PathLike] = None, listen: Sequence[str] = ("127.0.0.1",),
                  socketname: Optional[str] = None, flags: str = "F=", lines: Sequence[str] = (),
@@ -251,12 +253,6 @@ class Sendmail:
         if self.temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def __enter__(self) -> Sendmail:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
     def _open_log(self) -> None:
         """Listen where Sendmail's /dev/log points: it logs nowhere else."""
         path = self.directory / "log.socket"
@@ -271,11 +267,6 @@ class Sendmail:
         with source, open(self.directory / "maillog", "ab", buffering=0) as log:
             while data := source.recv(65536):
                 log.write(data.partition(b">")[2][16:].rstrip(b"\0\n") + b"\n")
-
-    def log(self) -> str:
-        """Give the text of its mail log, without times."""
-        path = self.directory / "maillog"
-        return path.read_text(errors="replace") if path.exists() else ""
 
     def messages(self) -> list[email.message.Message]:
         """Give the messages delivered so far, oldest first; the envelope is in Return-Path and Delivered-To."""

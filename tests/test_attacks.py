@@ -13,7 +13,6 @@ import os
 import pathlib
 import pwd
 import re
-import resource
 import select
 import shutil
 import signal
