@@ -109,9 +109,9 @@ allowed_mailusers = None
 blocked_action = "reject"
 
 # What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail",
-# "quarantine" or "reject" (550; 450 where the fault is ours). The trap: a user can arrange to be
-# unknown by closing early. With "accept" a blocked user's mail can pass that way, unnamed; with the
-# others a client that is merely hasty is refused. Example: "quarantine"
+# "quarantine" or "reject" (550; 450 where the client is not at fault). The trap: a user can arrange
+# to be unknown by closing early. With "accept" a blocked user's mail can pass that way, unnamed; with
+# the others a client that is merely hasty is refused. Example: "quarantine"
 unidentified_action = "accept"
 
 # How many recipients a user may address in any hour: by name or uid, "*" for everyone else, None
@@ -2114,9 +2114,9 @@ def limits_problems(limits: Any) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------- --check
-HELPER_CURE = "start as root, or allow CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (both) to the container or unit"
-LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where this is started as root"
-KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see Troubleshooting"
+HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
+LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where the milter is started as root"
+KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 FAILED: list[str] = []  # what --check found that stops the milter
 
 
@@ -2148,7 +2148,7 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
         if blocked_mailusers_file:
             read_entries(blocked_mailusers_file, os.geteuid())
     except (OSError, ValueError) as error:
-        cure = "allow CAP_SETUID and CAP_SETGID, and the user to read what is named"
+        cure = "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names"
         report("as run_as_user", str(error), cure, True)
     return EX_CONFIG if FAILED else 0
 
@@ -2171,7 +2171,7 @@ def check_postfix() -> None:
     """Look whether Postfix uses this socket, and lets no one here make up a client's address."""
     lines, problem = postconf("-x")
     if problem:
-        report("Postfix", problem, "with Postfix, mend what it says; with Sendmail, see the README")
+        report("Postfix", problem, "with Postfix, mend what it says; with Sendmail, see README, Sendmail")
         return
     settings = {}
     for line in lines + postconf("-Px")[0]:  # of services in master.cf, as SERVICE/TYPE/NAME
@@ -2190,7 +2190,7 @@ def check_clients(name: str, value: str, kind: str) -> None:
     made_up = kind.endswith("_upstream_proxy_protocol") or (
         kind == "smtpd_authorized_xclient_hosts" and may_be_local(value))
     if made_up:
-        report(f"Postfix: {name} = {value}", "users on this host can pretend to be any client",
+        report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
                "allow it to addresses only that users of this host cannot have, on a port of its own")
     if kind == "smtpd_proxy_filter":
         report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
@@ -2268,8 +2268,8 @@ def check_without_helper(owner: Optional[ClientSocket]) -> None:
         check_program("programs: sudo lsof", Describer(None, True), owner, LSOF_CURE)
     else:
         report("programs: sudo lsof", problem, LSOF_CURE)
-    report("programs: the helper", "not there; whoever a firewall redirects to the MTA stays unknown, "
-           "and root, too, where sudo lsof is not there either", HELPER_CURE)
+    report("programs: the helper", "not there; clients that a NAT rule redirects stay unknown, and so "
+           "does root without sudo lsof", HELPER_CURE)
 
 
 Stranger = Optional[tuple[Endpoint, Endpoint, int]]  # another user's connection: both ends, his uid
@@ -2289,7 +2289,7 @@ def check_owner(lookup: KernelLookup, stranger: Stranger) -> Optional[ClientSock
             report(f"users: another user's connection, {took:.0f} us")
             return owner
         stranger = stranger_connection(lookup) or stranger
-    found = (owner.why or "wrong uid") if owner else "taken for remote"
+    found = (owner.why or "wrong uid") if owner else "taken for another host's"
     report("users: another user's connection", f"not found ({found})",
            "run this again; in a unit or container, give it the host's network and users", True)
     return None
