@@ -166,12 +166,15 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
 MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
+RIVAL_SECONDS = 0.3  # what a session waits at most for another's queue id
 HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
 PAUSE_SECONDS = 2.0  # for the user whose search ran over that, so that others get their turn
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
 ARGS_SECONDS = 0.05  # reading a command line can be made to hang
-FIRST_SECONDS, NAME_SECONDS, REFRESH_SECONDS = 3.0, 0.3, 60  # to wait for NSS, again, to believe it
+FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
+REFRESH_SECONDS = 60  # to believe what NSS said
+COMPLAINT_SECONDS = 60  # between two lines that complain of the same
 FACT_BYTES = 512  # of each fact from the process table
 VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
 LINE_BYTES = 4000  # of a line in the log: below PIPE_BUF, so that a pipe takes all of it or nothing
@@ -187,7 +190,7 @@ RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
 TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, since Linux 4.1, 4.19
 # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
 STATES = {1, 4, 5, 8, 9, 11}
-ESTABLISHED = 1
+ESTABLISHED, FIN_WAIT2 = 1, 5
 STATES_MASK = sum(1 << state for state in STATES)
 FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
 LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
@@ -218,9 +221,10 @@ ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*"]
 class SysuserMilter(Base):  # type: ignore[misc]
     """One session of the MTA with a client; several messages may come through it.
 
-    connect asks the kernel whose the client's socket is, and claims it. hello confirms that
-    (or envfrom), and the MTA waits for it: a client that goes on has not gone away before. envrcpt
-    has the process described, which nobody waits for. eom decides, acts and logs.
+    connect asks the kernel whose the client's socket is, and claims it. hello confirms that while
+    the client waits for the answer (envfrom, if the client says no EHLO): a client that goes on was
+    still connected. envrcpt has the process described, which nobody waits for. eom decides, acts
+    and logs.
     """
 
     # Set once, in "prepare", for all sessions.
@@ -236,11 +240,15 @@ class SysuserMilter(Base):  # type: ignore[misc]
     claims_lock = threading.Lock()
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner: Optional[ClientSocket] = ClientSocket(None, "error")  # None: not on this host
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
-        self.facts: Optional[Facts] = None  # of the process; None: not asked for yet
+        self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
         self.forged: list[str] = []
@@ -261,9 +269,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
         THIS_THREAD.session = self  # pymilter keeps one thread state for each session
-        if self.client:  # a session whose client is announced once more begins anew
-            self.close()
-        self.confirmed, self.ended, self.facts = False, False, None
+        self.close()  # a session whose client is announced once more begins anew
+        self.begin()
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
             self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
         elif hostaddr is None:
@@ -294,23 +301,29 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
-        if self.owner and self.owner.uid is not None:
-            with contextlib.suppress(OSError, psutil.Error):  # at the end it is asked again
-                self.confirm(self.owner)
+        self.try_to_confirm()
         return int(Milter.CONTINUE)
+
+    def try_to_confirm(self) -> None:
+        """Confirm the owner if that can be done now; at the end it is tried again."""
+        if self.owner and self.owner.uid is not None:
+            with contextlib.suppress(OSError, psutil.Error):
+                self.confirm(self.owner)
 
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
         self.sender, self.recipients, self.queue_id = sender, 0, None
         self.forged, self.hidden, self.account = [], False, None
-        return self.hello("")
+        self.try_to_confirm()
+        return int(Milter.CONTINUE)
 
     @noreply  # type: ignore[untyped-decorator]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
         if self.account is None and self.owner and self.owner.uid is not None:
-            self.facts = self.facts or self.describer.describe(self.owner)
+            if "pid" not in self.facts:
+                self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid)
         return int(Milter.CONTINUE)
 
@@ -332,15 +345,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def eom(self) -> int:
         """Decide, act and log, the message being complete."""
-        # A fault of ours must neither lose mail nor let a blocked user pass.
-        sender, verdict = Sender(None, "error"), unidentified("error")
+        sender = Sender(None, "error")
         try:
             sender = self.identify()
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            if self.owner and self.owner.uid in self.blocked.entries.uids:
-                verdict = refusal("blocked", self.owner.uid)
+            verdict = self.judge_by_memory()
         for step in (self.act, self.write_log):
             try:
                 step(verdict, sender)
@@ -362,41 +373,42 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def confirm(self, owner: ClientSocket) -> str:
-        """Say why the owner cannot be believed, or "" once he can be, and then for good.
+        """Say why the owner cannot be believed, or "" once he can be: then for good, without rivals.
 
         Between accept(2) and the look at the kernel, a client can reset and let another user's
         connection take its four endpoints. While the MTA's end lives, the client's end cannot
         change hands. So the MTA's end must still be the one that was looked at, by its cookie, and
-        it must be this session's: the MTA must have read from it since. If it is the end of a newer
-        connection, the MTA reads nothing from it before it has announced that connection, too; then
-        two sessions claim it, and what was read until then is believed for neither. (One session of
-        the MTA can announce a connection twice, by XCLIENT or where the milter is listed twice; the
-        message then has one queue id in both, from DATA on.)
+        it must be this session's: the MTA must have read from it since. From the end of a newer
+        connection the MTA reads nothing until it has announced that connection, too. Then two
+        sessions claim the end, and bytes that were read before prove nothing for either. (One
+        session of the MTA can announce a connection twice, by XCLIENT or where the milter is listed
+        twice; the message then has one queue id in both, from DATA on.)
         """
-        strangers = self.strangers()
-        if self.confirmed and not strangers:
+        rivals = self.unexplained_rivals()
+        if self.confirmed and not rivals:
             return ""
         self.confirmed = False
         cookie, mta_bytes_read = self.lookup.look_again(owner)
         if cookie != owner.cookie:
             return "reused" if cookie else "closed"
-        self.confirmed = not strangers and mta_bytes_read > owner.mta_bytes_read
-        # A stranger may be here for the same message: that shows from DATA on.
-        if strangers and (self.queue_id or all(rival.ended for rival in strangers)):
+        self.confirmed = not rivals and mta_bytes_read > owner.mta_bytes_read
+        # Until DATA, a rival may still be the same session of the MTA's.
+        if rivals and (self.queue_id or all(rival.ended for rival in rivals)):
             self.begin_anew(owner, mta_bytes_read)
         return "" if self.confirmed else "reused"
 
     def begin_anew(self, owner: ClientSocket, mta_bytes_read: int) -> None:
         """Believe nothing that the MTA has read until now, and forget the rivals that have ended."""
         self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
-        self.rivals = [rival for rival in self.rivals if not rival.ended]
+        with self.claims_lock:
+            self.rivals = [rival for rival in self.rivals if not rival.ended]
 
-    def strangers(self) -> list[SysuserMilter]:
+    def unexplained_rivals(self) -> list[SysuserMilter]:
         """Give the rivals that are not known to be the same session of the MTA's.
 
-        One that is may take note of the queue id a moment later than this one, which is waited for.
+        The DATA of one that is can reach us shortly after this one's: that is waited for.
         """
-        deadline = time.monotonic() + (HELPER_SECONDS if self.queue_id else 0.0)
+        deadline = time.monotonic() + (RIVAL_SECONDS if self.queue_id else 0.0)
         while True:
             found = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
             if all(rival.ended for rival in found) or time.monotonic() >= deadline:
@@ -408,7 +420,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         owner = self.owner
         if owner is None or owner.uid is None:
             return Sender(None, owner.why if owner else "")
-        facts = self.facts or {"why": "error"}
+        facts = self.facts
         account = self.account or self.directory.account(owner.uid)
         other = None
         if facts.get("holder", owner.uid) != owner.uid:
@@ -447,6 +459,17 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return unidentified("error")
         return self.limits.verdict(sender.account, self.recipients) or passed()
 
+    def judge_by_memory(self) -> Verdict:
+        """Say what becomes of a message where "judge" failed: no fault of ours lets a blocked user pass."""
+        if self.forgery():
+            return Verdict("reject", "forged", self.forgery())
+        refused = None
+        if self.owner and self.owner.uid is not None:
+            suspect = self.account or Account(self.owner.uid, self.owner.uid)
+            allowed = self.allowed.entries if self.allowed else None
+            refused = refusal_of(suspect, self.blocked.entries, allowed)
+        return refused or unidentified("error")
+
     def forgery(self) -> str:
         """Say what is forged in a way that cannot be removed, or ""."""
         if len(self.forged) > MOST_FORGED:
@@ -483,13 +506,14 @@ THIS_THREAD = threading.local()
 
 
 def report_exception(kind: Any, error: Any, trace: Any) -> None:
-    """Log a traceback; pymilter's own, from bytes it cannot decode, come here as sys.excepthook.
+    """Log a traceback.
 
-    What it cannot decode may be the name behind EHLO, at which the owner is confirmed all the same.
+    Where pymilter cannot decode some bytes, it calls this, as sys.excepthook, and not the callback.
+    If that was the name behind EHLO, the owner is confirmed here instead.
     """
     session = getattr(THIS_THREAD, "session", None)
     if kind is UnicodeDecodeError and session and not session.confirmed:
-        session.hello("")
+        session.try_to_confirm()
     if complain(f"a callback failed: {kind.__name__}") and kind is not UnicodeDecodeError:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             say(ERROR, "  " + line.encode("ascii", "backslashreplace").decode())
@@ -641,7 +665,7 @@ COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, ho
 def complain(text: str, *details: str, level: int = ERROR) -> bool:
     """Log what may repeat for every message, once a minute with a count; tell whether it was."""
     last, count = COMPLAINTS.get(text, (float("-inf"), 0))
-    if time.monotonic() - last < REFRESH_SECONDS:
+    if time.monotonic() - last < COMPLAINT_SECONDS:
         COMPLAINTS[text] = last, count + 1
         return False
     remember(COMPLAINTS, text, (time.monotonic(), 0))
@@ -677,6 +701,10 @@ def packed(address: str) -> bytes:
     """Give an address as its four or sixteen bytes; ValueError if it is none."""
     ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
     return (getattr(ip, "ipv4_mapped", None) or ip).packed
+
+
+DIAG_TAIL = struct.Struct("=QIIIII")  # of struct inet_diag_msg, from the cookie on
+ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 
 
 class KernelLookup:
@@ -718,8 +746,8 @@ class KernelLookup:
 
         NAT changes a source port, too, where two connections would else be the same. It may then be
         that of somebody who dialled the same and was not redirected. So of all sockets that dialled
-        it and have received as much as the MTA has sent, none may be another user's. While the
-        MTA's end is established, the client's has not been closed and is among them.
+        it and have not received more than the MTA has sent, none may be another user's. The client's
+        is among them: one that was closed with nothing left to send would show at the MTA's end.
         """
         mta_end = self.find(server, client)
         if mta_end is None or not mta_end.inode:
@@ -728,8 +756,7 @@ class KernelLookup:
         if isinstance(dialled, str):
             return ClientSocket(None, dialled)
         client_end = self.find_on_any_device(client, dialled)
-        uids = {diag.uid for diag in dump_sockets(0, dialled.port)
-                if (diag.destination, diag.received) == (dialled, mta_end.sent) and diag.inode}
+        uids = uids_that_dialled(dialled, mta_end.sent)
         now = self.find(server, client)
         if client_end is None or now is None or now.state != ESTABLISHED:
             return ClientSocket(None, "closed")
@@ -797,9 +824,17 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
     if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
         return ClientSocket(None, "error")
     if mta_end is None or not mta_end.inode:
-        return ClientSocket(None, "reused")  # the MTA accepted the one it asks about: this is a later one
+        # The MTA asks about an accepted connection. This end has no inode, so it is of a later one.
+        return ClientSocket(None, "reused")
     return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
+
+
+def uids_that_dialled(server: Endpoint, most: int) -> set[int]:
+    """Give whose sockets have dialled a server and received no more bytes than that."""
+    dialled = [diag for diag in dump_sockets(0, server.port)
+               if diag.destination == server and diag.received <= most]
+    return {diag.uid for diag in dialled if diag.inode or diag.state != FIN_WAIT2}
 
 
 def is_whole(end: Optional[Endpoint]) -> bool:
@@ -838,8 +873,8 @@ def netlink_message(kind: int, flags: int, number: int, body: bytes) -> bytes:
 
 def netlink_body(kind: int, body: bytes) -> bytes:
     """Pass on the body of a message; OSError (FileNotFoundError: no such socket) if it is an error."""
-    if kind == NLMSG_ERROR:
-        code = -struct.unpack_from("=i", body)[0]
+    code = -struct.unpack_from("=i", body)[0] if kind in (NLMSG_ERROR, NLMSG_DONE) else 0
+    if code:
         raise OSError(code, os.strerror(code))
     return body
 
@@ -865,16 +900,16 @@ def read_diag(body: bytes, interface: int = 0) -> Diag:
         raise OSError(0, "sock_diag gave a message that is cut short")
     source = diag_end(body[0], body[4:6], body[8:24])
     destination = diag_end(body[0], body[6:8], body[24:40])
-    cookie, _, unread, _, uid, inode = struct.unpack_from("=QIIIII", body, 44)
+    cookie, _, unread, _, uid, inode = DIAG_TAIL.unpack_from(body, 44)
     attributes, at = {}, 72
     while at + 4 <= len(body):
-        size, kind = struct.unpack_from("=HH", body, at)
+        size, kind = ATTRIBUTE.unpack_from(body, at)
         attributes[kind] = body[at + 4:at + size]
         at += max((size + 3) & ~3, 4)
     cgroup = int.from_bytes(attributes.get(INET_DIAG_CGROUP_ID, b""), sys.byteorder)
     info = attributes.get(INET_DIAG_INFO, b"")
-    received = int.from_bytes(info[TCPI_BYTES_RECEIVED:][:8], sys.byteorder)
-    sent = int.from_bytes(info[TCPI_BYTES_SENT:][:8], sys.byteorder)
+    received = int.from_bytes(info[TCPI_BYTES_RECEIVED:TCPI_BYTES_RECEIVED + 8], sys.byteorder)
+    sent = int.from_bytes(info[TCPI_BYTES_SENT:TCPI_BYTES_SENT + 8], sys.byteorder)
     read = max(0, received - unread)
     return Diag(body[1], source, destination, uid, inode, cookie, cgroup, read, received, sent, interface)
 
@@ -970,8 +1005,8 @@ def why_not_root(port: int, facts: Facts) -> str:
     them. A listener still has its server's port. Whoever has an accepted one is looked for by those
     who describe the process; "holder" says whether that is anyone but root.
     """
-    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-        low, high = map(int, file.read().split())  # the ports the kernel gives to clients by itself
+    # The ports that the kernel gives to clients by itself.
+    low, high = map(int, read_file("/proc/sys/net/ipv4/ip_local_port_range").split())
     if not low <= port <= high:
         return "handed-down"
     not_held = str(facts.get("why", "error"))
@@ -979,6 +1014,18 @@ def why_not_root(port: int, facts: Facts) -> str:
 
 
 # --------------------------------------------------------- policy: who that is, and what he may do
+class Waits(NamedTuple):
+    """Seconds to wait for an answer."""
+
+    new: float  # where there is none yet
+    changed: float  # where there is one, to an older state of things
+    old: float  # where there is one that is a minute old; for whoever asks first
+
+
+SENDER_WAITS = Waits(FIRST_SECONDS, AGAIN_SECONDS, AGAIN_SECONDS)
+LIST_WAITS = Waits(FIRST_SECONDS, FIRST_SECONDS, 0.0)
+
+
 class Directory:
     """What the directory service (NSS) says, remembered. One thread asks it.
 
@@ -986,68 +1033,71 @@ class Directory:
     when a file of accounts changes. For something new the session that asks waits, and no other.
     """
 
-    def __init__(self, most: int = MOST_REMEMBERED) -> None:
-        """Begin; most: answers to remember."""
-        self.most = most
-        self.lock, self.changes = threading.Lock(), 0  # counts the answers that differ from the last
-        self.answers: dict[Any, tuple[Any, float, Any]] = {}  # with their time, and state of the files
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.answers: dict[Any, tuple[Any, float, Any]] = {}  # with their time, and the state then
         self.asked: dict[Any, threading.Event] = {}
         self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def account(self, uid: int) -> Account:
         """Say who has a uid."""
-        found, current = self.ask(look_up_account, uid, FIRST_SECONDS, NAME_SECONDS)
+        found, current = self.ask(look_up_account, uid, state_of_files(), SENDER_WAITS)
         account: Account = found or Account(uid, uid)
         if current:
             return account
-        # NSS says nothing: blocked are his groups of before, and the name that /etc/subuid has.
+        # NSS is silent: by his uid, his groups of before and /etc/subuid's name he can be blocked.
         return said_by_subuid(account._replace(name=None, answered=False))
 
-    def ask(self, function: Callable[..., Any], key: Any, first: float, again: float) -> tuple[Any, bool]:
-        """Give NSS's answer, or None; and whether it is one to the files as they are.
+    def ask(self, function: Callable[..., Any], key: Any, state: Any, waits: Waits) -> tuple[Any, bool]:
+        """Give NSS's answer (None: none yet), and whether it is one to the state as it is.
 
-        first, again: seconds to wait for something new, or for something a minute old.
+        function is called with the key, with its last answer, and whether the state is another since.
         """
-        question, files, now = (function, key), state_of_files(), time.monotonic()
-        answer, since, then = self.answers.get(question, (None, now, None))
-        known = files == then
-        if known and now - since < REFRESH_SECONDS:
+        question, now = (function, key), time.monotonic()
+        answer, answered_at, state_then = self.answers.get(question, (None, now, None))
+        fresh = state == state_then
+        if fresh and now - answered_at < REFRESH_SECONDS:
             return answer, True
+        wait = waits.old if fresh else waits.new if answer is None else waits.changed
+        self._wait(question, state, wait, fresh)
+        answer, _, latest = self.answers.get(question, (None, now, state_then))
+        if latest not in (state, state_then):  # another had asked before the state changed
+            return self.ask(function, key, state, waits)
+        return answer, latest == state
+
+    def _wait(self, question: Any, state: Any, wait: float, fresh: bool) -> None:
         with self.lock:
-            wait = 0.0 if question in self.asked else again
-            if question not in self.asked:
+            is_first = question not in self.asked
+            if is_first:
                 self.asked[question] = threading.Event()
-                self.questions.put(question)
+                self.questions.put((question, state))
             event = self.asked[question]
-        answered = event.wait(wait if known else first)
-        if not answered and not known and function is look_up_account:
+        in_time = event.wait(wait if is_first or not fresh else 0.0)
+        if not in_time and not fresh and question[0] is look_up_account:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
             with self.lock:  # nobody waits: a flood of uids that are new holds up no others
                 self.asked.pop(question, None)
-        answer, _, latest = self.answers.get(question, (answer, now, then))
-        return answer, known or latest != then
 
     def _work(self) -> None:
         while True:
-            question = self.questions.get()
+            question, state = self.questions.get()
             event = self.asked.get(question)
             if event:  # else nobody waits any more
-                self._answer(*question)
+                self._answer(question, state)
                 event.set()
                 with self.lock:
                     self.asked.pop(question, event).set()  # whoever asked meanwhile
 
-    def _answer(self, function: Callable[..., Any], key: Any) -> None:
-        files = state_of_files()
-        last, _, then = self.answers.get((function, key), (None, 0.0, files))
+    def _answer(self, question: Any, state: Any) -> None:
+        function, key = question
+        last, _, state_then = self.answers.get(question, (None, 0.0, state))
         try:
-            answer = function(key, last, files != then)
+            answer = function(key, last, state != state_then)
         except Exception as error:
             complain("the directory service (NSS) could not be asked", str(error))
             return
-        self.changes += answer != last
-        remember(self.answers, (function, key), (answer, time.monotonic(), files), self.most)
+        remember(self.answers, question, (answer, time.monotonic(), state))
 
 
 def state_of_files() -> tuple[Any, ...]:
@@ -1112,7 +1162,7 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
         return None
 
 
-def look_up_name(name: str, last: Optional[int], changed: bool) -> Optional[int]:
+def look_up_name(name: str, last: Optional[int]) -> Optional[int]:
     """Ask NSS for the uid of a name; the last one, if a directory may be down."""
     entry = account_by_name(name)
     if entry or last is None:
@@ -1120,7 +1170,7 @@ def look_up_name(name: str, last: Optional[int], changed: bool) -> Optional[int]
     return last if account_of(last, last).name in (None, name) else None  # or is somebody else's now
 
 
-def look_up_group(name: str, last: Optional[int], changed: bool) -> Optional[int]:
+def look_up_group(name: str, last: Optional[int]) -> Optional[int]:
     """Ask NSS for the gid of a group; if it does not find it, the last one."""
     try:
         return grp.getgrnam(name).gr_gid
@@ -1130,22 +1180,26 @@ def look_up_group(name: str, last: Optional[int], changed: bool) -> Optional[int
 
 def delegated_to(uid: int) -> list[str]:
     """Give the users (names or numbers) a uid is delegated to; [] if to root only."""
-    ranges = delegated_ranges(state_of("/etc/subuid"))
-    owners = sorted({owner for first, count, owner in ranges if first <= uid < first + count})
-    return owners if set(owners) - {"root", "0"} else []
+    lowest, ranges = delegated_ranges(state_of("/etc/subuid"))
+    if uid < lowest:
+        return []
+    delegates = sorted({name for first, count, name in ranges if first <= uid < first + count})
+    return delegates if set(delegates) - {"root", "0"} else []
 
 
 @functools.lru_cache(maxsize=1)
-def delegated_ranges(state: Any) -> list[tuple[int, int, str]]:
-    """Read /etc/subuid (subuid(5)): first uid, count, user; state: of the file when it was read."""
-    ranges = []
+def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
+    """Read /etc/subuid (subuid(5)): the lowest uid; of each range the first uid, how many, the user.
+
+    state: of the file when it was read.
+    """
+    text = ""
     if state:
         with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
-            for line in file:
-                owner, *numbers = line.strip().split(":")
-                if len(numbers) == 2 and all(number.isdigit() for number in numbers):
-                    ranges.append((int(numbers[0]), int(numbers[1]), owner))
-    return ranges
+            text = file.read()
+    lines = re.findall(r"^\s*([^:\n]*):([0-9]+):([0-9]+)\s*$", text, re.MULTILINE)
+    ranges = [(int(first), int(count), name) for name, first, count in lines]
+    return min([first for first, _, _ in ranges], default=0), ranges
 
 
 def said_by_subuid(account: Account) -> Account:
@@ -1170,39 +1224,35 @@ class UserList:
     """A setting and a file of users as one list."""
 
     def __init__(self, directory: Directory, setting: str, entries: list[Any],
-                 path: Optional[str] = None, owner: int = 0) -> None:
-        self.directory, self.setting, self.path, self.owner = directory, setting, path, owner
+                 path: Optional[str] = None, trusted_uid: int = 0) -> None:
+        self.directory, self.setting, self.path, self.trusted_uid = directory, setting, path, trusted_uid
         self.fixed = [unquoted(entry) for entry in entries]
         self.listed, self.entries = self.fixed, Entries()
         self.lock, self.state, self.problem = threading.Lock(), None, ""
-        self.read_at, self.made_at = time.monotonic(), 0.0
         self.made_of: Any = None
         self.warned: set[str] = set()
 
     def now(self) -> Entries:
         """Give the list as it is now.
 
-        For names that are new, or older than a file of accounts, this waits, 3 s at most.
+        Where it or a file of accounts has changed, this waits for the names, 3 s at most.
         """
         with self.lock:
             if self.path:
                 self._reread(self.path)
             if not self.listed:
                 return Entries()
-            files = state_of_files()
-            if self.made_of and files != self.made_of[-1]:
-                self.read_at = time.monotonic()  # what is listed may be somebody else's now
-            made_of = self.listed, self.directory.changes, files
-            old = time.monotonic() - self.made_at > REFRESH_SECONDS
-            if old or made_of != self.made_of:
-                self.made_of, self.made_at = made_of, time.monotonic()
-                self.entries = self._make()
+            state = state_of_files(), self.listed
+            numbers, _ = self.directory.ask(self.look_up, None, state, LIST_WAITS)
+            if self.made_of != (self.listed, numbers):
+                self.made_of = self.listed, numbers
+                self.entries = self._make(numbers or {})
             return self.entries
 
-    def _make(self) -> Entries:
+    def _make(self, numbers: dict[str, Optional[int]]) -> Entries:
         uids, names, gids, unresolved = set(), set(), set(), set()
         for entry in map(str, self.listed):
-            number = int(entry) if entry.isdigit() else self._number(entry)
+            number = int(entry) if entry.isdigit() else numbers.get(entry)
             if number is None:
                 unresolved.add(entry)
             else:
@@ -1211,14 +1261,18 @@ class UserList:
                 names.add(entry)  # also digits: a user can be called that
         return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
 
-    def _number(self, entry: str) -> Optional[int]:
-        """Ask for the uid or gid of a name; None if it has none, or NSS has not said yet."""
-        function, name = (look_up_group, entry[1:]) if entry.startswith("@") else (look_up_name, entry)
-        wait = max(0.0, self.read_at + FIRST_SECONDS - time.monotonic())
-        number, answered = self.directory.ask(function, name, wait, 0.0)
-        if (number, answered) == (None, True):
+    def look_up(self, _: None, last: Optional[dict[str, Optional[int]]], changed: bool) -> dict[str, Optional[int]]:
+        """Ask NSS for the uid or gid of each name that is listed; None if it has none."""
+        numbers: dict[str, Optional[int]] = {}
+        for entry in map(str, self.listed):
+            before = (last or {}).get(entry)
+            if entry.startswith("@"):
+                numbers[entry] = look_up_group(entry[1:], before)
+            elif not entry.isdigit():
+                numbers[entry] = look_up_name(entry, before)
+        for entry in [entry for entry, number in numbers.items() if number is None]:
             self.warn(entry, "is not found; it is looked for again every minute")
-        return cast(Optional[int], number)
+        return numbers
 
     def warn(self, entry: str, what: str) -> None:
         """Log something about an entry, once."""
@@ -1237,7 +1291,7 @@ class UserList:
         if state and state == self.state:
             return
         try:
-            listed = self.fixed + read_entries(path, self.owner)
+            listed = self.fixed + read_entries(path, self.trusted_uid)
         except (OSError, ValueError) as error:
             problem, state = str(error), state if isinstance(error, ValueError) else None
             if problem != self.problem:
@@ -1246,7 +1300,7 @@ class UserList:
         rested = state and abs(time.time() - state[-1] / 1e9) > 1
         self.state, self.problem = state if rested else None, problem
         if listed != self.listed:
-            self.listed, self.read_at = listed, time.monotonic()
+            self.listed = listed
 
 
 def is_listed(account: Account, entries: Entries) -> bool:
@@ -1298,10 +1352,10 @@ def unquoted(entry: Any) -> Any:
     return data.decode("utf-8", "surrogateescape")
 
 
-def read_entries(path: str, owner: int) -> list[Any]:
-    """Read a file of users, which root or that owner must own; OSError, ValueError."""
+def read_entries(path: str, trusted_uid: int) -> list[Any]:
+    """Read a file of users, which root or that uid must own; OSError, ValueError."""
     entries = []
-    for number, line in enumerate(read_trusted(path, owner).split("\n"), 1):
+    for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
         entry = unquoted(re.sub(r'^(\s*@?"[^"]*")?([^#]*).*$', r"\1\2", line).strip())
         for problem in entry_problems([entry] if entry else []):
             raise ValueError(f"{path}, line {number}: {problem}")
@@ -1309,15 +1363,15 @@ def read_entries(path: str, owner: int) -> list[Any]:
     return entries
 
 
-def read_trusted(path: str, owner: int) -> str:
-    """Read a text that root or that owner must own; OSError, ValueError if it cannot be trusted."""
+def read_trusted(path: str, trusted_uid: int) -> str:
+    """Read a text that root or that uid must own; OSError, ValueError if it cannot be trusted."""
     # non-blocking: it may be a FIFO
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is not a regular file")
-        if status.st_uid not in (0, owner) or status.st_mode & 0o022:
-            raise ValueError(f"{path} must belong to root or uid {owner} and be writable by its owner only")
+        if status.st_uid not in (0, trusted_uid) or status.st_mode & 0o022:
+            raise ValueError(f"{path} must belong to root or uid {trusted_uid} and be writable by its owner only")
         data = file.read(MOST_FILE_BYTES + 1)
     if len(data) > MOST_FILE_BYTES:
         raise ValueError(f"{path} is larger than {MOST_FILE_BYTES} bytes")
@@ -1408,8 +1462,8 @@ class Describer:
         """Make one; by_lsof: whether sudo allows it; None: asked when the helper has ended."""
         self.channel, self.by_lsof = channel, by_lsof
         self.lock, self.number, self.owes = threading.Lock(), 0, False
-        self.places = threading.Semaphore(LSOF_PROCESSES)
-        self.hanging: list[subprocess.Popen[bytes]] = []  # calls of lsof that are past their time
+        self.running: list[subprocess.Popen[bytes]] = []  # calls of lsof, also those past their time
+        self.started = 0.0  # the last of them, on the monotonic clock
         if channel:
             threading.Thread(target=self._watch, args=(channel,), daemon=True).start()
 
@@ -1489,28 +1543,30 @@ class Describer:
         say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
 
     def _ask_lsof(self, owner: ClientSocket) -> Facts:
-        deadline, pids = time.monotonic() + LSOF_SECONDS, lsof_candidates(owner.uid)
-        if not pids:  # an empty list would mean every process
+        processes = lsof_candidates(owner.uid)
+        if not processes:  # an empty list would mean every process
             return {"why": "not-found"}
-        if owner.uid == 0 and len(pids) > LSOF_PIDS:  # a stranger may be among those left out
+        if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another holder may be among those left out
             return {"why": "busy"}
+        arguments, deadline = lsof_arguments(list(processes)[:LSOF_PIDS]), time.monotonic() + LSOF_SECONDS
+        lsof = self._start_lsof(arguments)
+        # While the last call that was started may still end in time, there may be a place.
+        while lsof is None and time.monotonic() < min(deadline, self.started + LSOF_SECONDS):
+            time.sleep(0.01)
+            lsof = self._start_lsof(arguments)
+        return read_lsof(lsof, owner, processes) if lsof else {"why": "busy"}
+
+    def _start_lsof(self, arguments: list[str]) -> Optional[subprocess.Popen[bytes]]:
+        """Call lsof; None if as many calls as may be are under way."""
         with self.lock:
-            for ended in [one for one in self.hanging if one.poll() is not None]:
-                self.hanging.remove(ended)
-                self.places.release()
-            stuck = len(self.hanging) == LSOF_PROCESSES
-        if stuck or not self.places.acquire(timeout=LSOF_SECONDS):
-            return {"why": "busy"}
-        lsof: Optional[subprocess.Popen[bytes]] = None
-        try:
-            processes = known_processes(pids[:LSOF_PIDS])
-            lsof = start_lsof(list(processes))
-            return read_lsof(lsof, owner, processes, deadline)
-        finally:
-            if lsof and lsof.returncode is None:
-                self.hanging.append(lsof)
-            else:
-                self.places.release()
+            self.running = [lsof for lsof in self.running if lsof.poll() is None]
+            if len(self.running) == LSOF_PROCESSES:
+                return None
+            self.started, pipe = time.monotonic(), subprocess.PIPE
+            self.running.append(subprocess.Popen(
+                lsof_command + arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
+                env={**os.environ, "LC_ALL": "C"}))
+            return self.running[-1]
 
 
 def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
@@ -1557,7 +1613,7 @@ def serve(channel: socket.socket, finder: Finder) -> None:
         if len(data) != QUESTION.size:
             continue
         number, kind, *socket_ = QUESTION.unpack(data)
-        facts = (finder.dialled if kind == WHAT_WAS_DIALLED else finder.describe)(*socket_)
+        facts = finder.answer(kind, *socket_)
         with contextlib.suppress(BlockingIOError):  # a milter that does not read does without
             channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
 
@@ -1585,19 +1641,13 @@ class Finder:
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
         self.deadline, self.links, self.denied = 0.0, 0, False
 
-    def describe(self, uid: int, inode: int, cgroup: int) -> Facts:
-        """Say which process has a socket, and what it is; {"why": word} if that is not known."""
-        return self._search(uid, inode, cgroup, self._describe)
+    def answer(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
+        """Describe the process that has a socket, or say what an accepted one's client dialled.
 
-    def dialled(self, uid: int, inode: int, cgroup: int) -> Facts:
-        """Give address and port that the client of an accepted socket dialled; {"why": word}."""
-        return self._search(uid, inode, cgroup, self._dialled)
-
-    def _search(self, uid: int, inode: int, cgroup: int, answer: Callable[[int, int, str], Facts]) -> Facts:
+        {"why": word} if that is not known.
+        """
         now = time.monotonic()
-        payer: Any = uid
-        with contextlib.suppress(OSError, ValueError):  # whoever has many uids delegated pays as one
-            payer = min(delegated_to(uid), default=uid)
+        payer = self.payer(uid)
         if self.paused_until.get(payer, 0.0) > now:
             return {"why": "busy"}
         self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
@@ -1609,7 +1659,7 @@ class Finder:
                 if found is None:
                     return {"why": "not-permitted" if self.denied else "not-found"}
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    return self._through_directory(*found, answer)
+                    return (self.dialled if kind == WHAT_WAS_DIALLED else self.describe)(*found)
         except BusyError:
             self.paused_until[payer] = time.monotonic() + PAUSE_SECONDS
             return {"why": "busy"}
@@ -1617,24 +1667,29 @@ class Finder:
             pass
         return {"why": "gone"}
 
-    def _through_directory(self, pid: int, link: str, answer: Callable[[int, int, str], Facts]) -> Facts:
+    def payer(self, uid: int) -> Any:
+        """Give the user whose time a search costs: whoever has many uids delegated pays as one."""
+        with contextlib.suppress(OSError, ValueError):
+            return min(delegated_to(uid), default=uid)
+        return uid
+
+    def describe(self, pid: int, link: str) -> Facts:
+        """Say what the process is that has the socket behind a link; OSError if it has it no more."""
         # What is read here is of one process, even if its number is given to another now.
-        process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
+        directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
         try:
-            if os.readlink(link, dir_fd=process) != self.target:
+            if os.readlink(link, dir_fd=directory) != self.target:
                 raise FileNotFoundError
-            return answer(pid, process, link)
+            holder = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
+            facts = read_process(directory, self.wanted)
+            if self.uid == 0:
+                holder = max(uids_of("status", directory)) or self.find_other_holder()
+            return {"pid": pid, **facts, "holder": holder}
         finally:
-            os.close(process)
+            os.close(directory)
 
-    def _describe(self, pid: int, process: int, link: str) -> Facts:
-        holder = os.fstat(process).st_uid  # of one that has ended this is 0; "describe" then fails
-        facts = describe(process, self.wanted)
-        if self.uid == 0:
-            holder = max(uids_of("status", process)) or self.find_stranger()
-        return {"pid": pid, **facts, "holder": holder}
-
-    def _dialled(self, pid: int, process: int, link: str) -> Facts:
+    def dialled(self, pid: int, link: str) -> Facts:
+        """Say what the client of the accepted socket behind a link dialled; OSError as above."""
         with copy_of_socket(pid, int(os.path.basename(link))) as copy:
             if f"socket:[{os.fstat(copy.fileno()).st_ino}]" != self.target:
                 raise FileNotFoundError  # the number of the process or descriptor is another's now
@@ -1665,7 +1720,7 @@ class Finder:
             yield from ((pid, table) for table in thread_tables(pid))
         yield from ((pid, "fd") for pid in own if not own[pid])
 
-    def find_stranger(self) -> int:
+    def find_other_holder(self) -> int:
         """Give a uid other than root's that has root's socket, too; 0 if there is none.
 
         It is looked for in the socket's cgroup; where that is not known, everywhere.
@@ -1734,22 +1789,22 @@ def thread_tables(pid: int) -> list[str]:
     return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
 
 
-def describe(process: int, wanted: Iterable[str]) -> Facts:
+def read_process(directory: int, wanted: Iterable[str]) -> Facts:
     """Say what a process is, given its open directory in /proc; OSError if it has ended.
 
     Never through its memory, as psutil may: its owner can make that hang for ever.
     """
     readers: dict[str, Callable[[], Optional[str]]] = {
-        "program": lambda: read_file("comm", process)[:-1],
-        "exe": lambda: os.readlink("exe", dir_fd=process)[:FACT_BYTES],
-        "dir": lambda: os.readlink("cwd", dir_fd=process)[:FACT_BYTES],
-        "unit": lambda: unit_of(read_file("cgroup", process)),
-        "args": lambda: read_args(process)}
+        "program": lambda: read_file("comm", directory)[:-1],
+        "exe": lambda: os.readlink("exe", dir_fd=directory)[:FACT_BYTES],
+        "dir": lambda: os.readlink("cwd", dir_fd=directory)[:FACT_BYTES],
+        "unit": lambda: unit_of(read_file("cgroup", directory)),
+        "args": lambda: read_args(directory)}
     facts: Facts = {}
     for field in set(wanted) & set(readers):
         with contextlib.suppress(OSError):  # not there, or not to be seen from here
             facts[field] = readers[field]()
-    os.stat("comm", dir_fd=process)  # which is there as long as the process is
+    os.stat("comm", dir_fd=directory)  # which is there as long as the process is
     return facts
 
 
@@ -1759,7 +1814,7 @@ def describe_psutil(process: psutil.Process) -> Facts:
     if LINUX:
         directory = os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)
         try:
-            facts.update(describe(directory, set(wanted_facts()) - {"args"}))
+            facts.update(read_process(directory, set(wanted_facts()) - {"args"}))
         finally:
             os.close(directory)
     else:
@@ -1788,14 +1843,14 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
         os.close(descriptor)
 
 
-def read_args(process: int) -> Optional[str]:
+def read_args(directory: int) -> Optional[str]:
     """Read a command line in a child that is killed when late; None if it was, or has none."""
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
         if child == 0:
             try:
-                words = read_file("cmdline", process)[:FACT_BYTES].replace("\0", " ")
+                words = read_file("cmdline", directory)[:FACT_BYTES].replace("\0", " ")
                 far.send(words.encode("utf-8", "surrogateescape"))
             finally:
                 os._exit(0)
@@ -1875,19 +1930,16 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
         os.close(directory)
 
 
-def lsof_candidates(uid: Optional[int]) -> list[int]:
-    """List whom lsof is asked about: the owner's processes; for root's sockets all."""
-    if uid == 0:
-        return sorted(psutil.pids(), key=lambda pid: owner_of(pid) != 0)
-    return [pid for pid in psutil.pids() if owner_of(pid) == uid]
+def lsof_candidates(uid: Optional[int]) -> dict[int, psutil.Process]:
+    """Give whom lsof is asked about, by pid: the owner's processes; for root's sockets all.
 
-
-def known_processes(pids: Iterable[int]) -> dict[int, psutil.Process]:
-    """Take hold of processes, so that another that gets the number of one is noticed."""
+    They are held on to, so that another process that gets the number of one is noticed.
+    """
     processes = {}
-    for pid in pids:
+    for pid in psutil.pids():
         with contextlib.suppress(psutil.Error):
-            processes[pid] = psutil.Process(pid)
+            if uid == 0 or owner_of(pid) == uid:
+                processes[pid] = psutil.Process(pid)
     return processes
 
 
@@ -1896,26 +1948,17 @@ def lsof_arguments(pids: Iterable[int]) -> list[str]:
     return ["-nPw", "-a", "-iTCP", "-p", ",".join(str(int(pid)) for pid in pids), "-Fpd"]
 
 
-def start_lsof(pids: Iterable[int]) -> subprocess.Popen[bytes]:
-    """Have lsof list the sockets of processes."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen(lsof_command + lsof_arguments(pids), stdin=subprocess.DEVNULL, stdout=pipe,
-                            stderr=pipe, cwd="/", env={**os.environ, "LC_ALL": "C"})
-
-
-def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dict[int, psutil.Process],
-              deadline: float) -> Facts:
+def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dict[int, psutil.Process]) -> Facts:
     """Describe the process that lsof finds; {"why": word} if that fails."""
     try:
-        output, complaint = lsof.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        output, complaint = lsof.communicate(timeout=LSOF_SECONDS)
     except subprocess.TimeoutExpired:
         by_sudo = os.path.basename(lsof_command[0]) == "sudo"
         with contextlib.suppress(PermissionError):
             # sudo passes TERM on; killed, it would leave lsof running. Others start with TERM blocked.
             lsof.send_signal(signal.SIGTERM if by_sudo else signal.SIGKILL)
         return {"why": "timeout"}
-    parts = re.split(rb"(?m)^(?=p\d)", output)
-    holders = [pid for pid in (lsof_holder(part, owner.inode) for part in parts) if pid in processes]
+    holders = [pid for pid in lsof_holders(output, owner.inode) if pid in processes]
     if not holders:
         refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new priv|account",
                             complaint)
@@ -1925,15 +1968,10 @@ def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dic
     return {**describe_psutil(processes[holders[0]]), "holder": holder}
 
 
-def lsof_holder(output: bytes, inode: int) -> Optional[int]:
-    """Find in the output of lsof -Fpd the process that has the inode; None: there is none."""
-    pid = None
-    for line in output.split(b"\n"):
-        if line[:1] == b"p" and line[1:].isdigit():
-            pid = int(line[1:])
-        elif line == b"d%d" % inode:
-            return pid
-    return None
+def lsof_holders(output: bytes, inode: int) -> list[int]:
+    """Find in the output of lsof -Fpd the processes that have the inode."""
+    parts = [part.split(b"\n") for part in re.split(rb"(?m)^p(?=[0-9]+$)", output)[1:]]
+    return [int(pid) for pid, *fields in parts if b"d%d" % inode in fields]
 
 
 def lsof_allowed() -> bool:
@@ -2042,14 +2080,20 @@ def socket_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
         return f"there is no directory {directory}"
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         return "there is something at that path that is not a socket"
-    writable = user is None or may_write(os.stat(directory), user)
-    return "" if writable else f"user {cast(Any, user).pw_name} may not write to {directory}"
+    if user and not may_write(directory, user):
+        return f"user {user.pw_name} may not write to {directory}"
+    return ""
 
 
-def may_write(directory: os.stat_result, user: pwd.struct_passwd) -> bool:
-    """Tell whether a user, without further groups, may make files in a directory."""
-    shift = 6 if directory.st_uid == user.pw_uid else 3 if directory.st_gid == user.pw_gid else 0
-    return user.pw_uid == 0 or directory.st_mode >> shift & 3 == 3
+def may_write(directory: str, user: pwd.struct_passwd) -> bool:
+    """Ask the kernel, in a child that becomes the user, whether he may make files in a directory."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(OSError):  # that the milter may not become the user is told elsewhere
+            become(user)
+            os._exit(not os.access(directory, os.W_OK | os.X_OK))
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def user_problem(run_as: Any, user: Optional[pwd.struct_passwd]) -> str:
@@ -2348,7 +2392,7 @@ def connection_made() -> Stranger:
     os.close(far)  # else a child that fails would be waited for
     server, port = endpoint(*listener.getsockname()), os.read(near, 8)
     if port:
-        listener.accept()[0].detach()  # one that is not accepted is nobody's, see why_no_owner
+        listener.accept()[0].detach()  # one that is not accepted is nobody's, see client_socket
     listener.detach()
     return (endpoint("127.0.0.1", int(port)), server, pwd.getpwnam(name).pw_uid) if port else None
 
@@ -2446,8 +2490,7 @@ def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
 
 def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
-    # The lists have one of their own, with room for the longest file: no flood of senders fills it.
-    shared, lists = SysuserMilter, Directory(MOST_FILE_BYTES)
+    shared, lists = SysuserMilter, Directory()  # a long list must not hold up a sender
     shared.directory, shared.limits = Directory(), Limits(hourly_limits)
     shared.blocked = UserList(lists, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
                               os.geteuid())

@@ -376,12 +376,12 @@ def finder_of(m: Any) -> Any:
     return m.Finder(m.header_fields + m.log_fields)
 
 
-def search(finder: Any, found: Any, fresh: bool) -> dict:
+def search(m: Any, finder: Any, found: Any, fresh: bool) -> dict:
     """Have the process found that holds a socket; fresh: as if its user had not sent before."""
     finder.paused_until.clear()  # who has used up his budget is not made to wait here
     if fresh:
         finder.recent.clear()
-    return finder.describe(found.uid, found.inode, found.cgroup)
+    return finder.answer(m.WHO_HAS, found.uid, found.inode, found.cgroup)
 
 
 def by_helper(m: Any) -> Any:
@@ -518,7 +518,7 @@ def lookups(m: Any, seconds: float, crowded: bool) -> dict[str, Any]:
 
         def find(one: Client, fresh: bool) -> Callable[[], Any]:
             finder = finder_of(m)
-            return lambda: holds(search(finder, lookup(one.near, one.far), fresh), one)
+            return lambda: holds(search(m, finder, lookup(one.near, one.far), fresh), one)
 
         def owner() -> Any:
             found = lookup(sender.near, sender.far)

@@ -948,7 +948,7 @@ def test_a_pid_that_was_reused_before_it_is_described_is_noticed(root: None, scr
         try:
             if second.pid == first.pid:
                 try:
-                    assert not script.describe(process, frozenset({"program", "exe", "dir", "unit"})).get("program")
+                    assert not script.read_process(process, frozenset({"program", "exe", "dir", "unit"})).get("program")
                 except (OSError, psutil.Error):
                     pass
                 return
@@ -964,7 +964,7 @@ def test_a_socket_that_closed_between_finding_and_describing_is_gone(root: None,
     finder, held = script.Finder(["program"]), socket.socket()
     inode, first = os.fstat(held.fileno()).st_ino, script.Finder.find_holder
     monkeypatch.setattr(script.Finder, "find_holder", lambda *args: (first(*args), held.close())[0])
-    assert finder.describe(os.geteuid(), inode, 0) == {"why": "not-found"}
+    assert finder.answer(script.WHO_HAS, os.geteuid(), inode, 0) == {"why": "not-found"}
 
 
 @pytest.mark.parametrize("path", ["fd", "task"])
@@ -976,7 +976,7 @@ def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
             monkeypatch.setattr(script, "SEARCH_SECONDS", 60)  # root's sockets are looked for everywhere
             monkeypatch.setattr(script, "SEARCH_LINKS", 10**9)
             inode = os.fstat(held.fileno()).st_ino
-            assert script.Finder(["program"]).describe(0, inode, 0)["holder"] == 0
+            assert script.Finder(["program"]).answer(script.WHO_HAS, 0, inode, 0)["holder"] == 0
 
             def short(real: Callable) -> Callable:
                 def call(name: Any, *arguments: Any, **options: Any) -> Any:
@@ -986,7 +986,7 @@ def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
                 return call
             name = "open" if path == "fd" else "stat"
             monkeypatch.setattr(script.os, name, short(getattr(os, name)))
-            assert script.Finder(["program"]).describe(0, inode, 0) == {"why": "gone"}
+            assert script.Finder(["program"]).answer(script.WHO_HAS, 0, inode, 0) == {"why": "gone"}
         finally:
             other.kill()
 
@@ -1011,7 +1011,7 @@ def test_a_process_that_ends_while_it_is_described_is_not_roots(sees_others: Non
         return target
     monkeypatch.setattr(script.os, "readlink", readlink)
     assert owner.uid == nobody.pw_uid
-    assert script.Finder(["program"]).describe(owner.uid, owner.inode, owner.cgroup)["why"] in ("gone", "not-found")
+    assert script.Finder(["program"]).answer(script.WHO_HAS, owner.uid, owner.inode, owner.cgroup)["why"] in ("gone", "not-found")
     client.communicate()
     accepted.close()
     listener.close()

@@ -99,7 +99,7 @@ def test_only_the_fields_asked_for_are_said(header: list[str], log: list[str], m
 def test_what_is_not_asked_for_is_not_read() -> None:
     """A command line costs a process of its own, and can be made to hang."""
     process = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
-    assert set(ms.describe(process, ("exe", "dir"))) == {"exe", "dir"}
+    assert set(ms.read_process(process, ("exe", "dir"))) == {"exe", "dir"}
     os.close(process)
 
 

@@ -393,7 +393,7 @@ def test_whoever_has_many_uids_delegated_pauses_as_one(monkeypatch: pytest.Monke
     def runs_over() -> None:
         raise ms.BusyError
     monkeypatch.setattr(finder, "find_holder", runs_over)
-    assert finder.describe(200000, 1, 0) == {"why": "busy"}
+    assert finder.answer(ms.WHO_HAS, 200000, 1, 0) == {"why": "busy"}
     monkeypatch.setattr(finder, "find_holder", lambda: None)
-    assert finder.describe(200001, 1, 0) == {"why": "busy"}
-    assert finder.describe(300000, 1, 0)["why"] == finder.describe(1000, 1, 0)["why"] == "not-found"
+    assert finder.answer(ms.WHO_HAS, 200001, 1, 0) == {"why": "busy"}
+    assert finder.answer(ms.WHO_HAS, 300000, 1, 0)["why"] == finder.answer(ms.WHO_HAS, 1000, 1, 0)["why"] == "not-found"

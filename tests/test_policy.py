@@ -354,7 +354,7 @@ def test_changes_while_the_directory_hangs_are_not_undone_when_it_answers(tmp_pa
     """However many there are: what counts is the last one."""
     path, go = tmp_path / "blocked", threading.Event()
     path.write_text("mst-0\n")
-    monkeypatch.setattr(ms, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(ms, "LIST_WAITS", ms.Waits(0.01, 0.01, 0.0))
     monkeypatch.setattr(ms.pwd, "getpwnam", lambda name, real=pwd.getpwnam: go.wait(30) and real(name))
     directory = ms.Directory()
     block_list = ms.UserList(directory, "blocked_mailusers", [], str(path))
@@ -920,9 +920,9 @@ def served(directory: Directory, make_milter: Callable) -> Callable[..., mta.Mil
         path = directory.path / "blocked"
         replace(path, "".join(line + "\n" for line in lines))
         script = directory.path / "script.py"
-        source, times = mta.SCRIPT.read_text(), "REFRESH_SECONDS = 3.0, 0.3, 60"
+        source, times = mta.SCRIPT.read_text(), "REFRESH_SECONDS = 60"
         assert times in source
-        script.write_text(source.replace(times, f"REFRESH_SECONDS = 3.0, 0.3, {refresh}"))
+        script.write_text(source.replace(times, f"REFRESH_SECONDS = {refresh}"))
         milter = make_milter(script=script, blocked_mailusers_file=str(path), **directory.options(), **settings)
         milter.path = path
         return milter.start()
