@@ -246,6 +246,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner: Optional[ClientSocket] = ClientSocket(None, "error")  # None: not on this host
+        self.claimed: Any = None  # the cookie of the MTA's end
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
         self.facts: Facts = {"why": "error"}  # of the process
@@ -279,11 +280,12 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
             self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
         if self.owner and self.owner.uid is not None:
+            self.claimed = self.owner.cookie
             with self.claims_lock:
-                self.rivals = self.claims.setdefault(self.owner.cookie, [])[:]
+                self.rivals = self.claims.get(self.claimed, [])
                 for rival in self.rivals:
                     rival.rivals = rival.rivals + [self]
-                self.claims[self.owner.cookie].append(self)
+                self.claims[self.claimed] = self.rivals + [self]
         return int(Milter.CONTINUE)
 
     def find_owner(self, client: Endpoint) -> Optional[ClientSocket]:
@@ -365,11 +367,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def close(self) -> int:
         """Give the socket back."""
         self.ended = True
-        cookie = self.owner.cookie if self.owner else None
         with self.claims_lock:
-            others = [session for session in self.claims.pop(cookie, []) if session is not self]
+            others = [session for session in self.claims.pop(self.claimed, []) if session is not self]
             if others:
-                self.claims[cookie] = others
+                self.claims[self.claimed] = others
         return int(Milter.CONTINUE)
 
     def confirm(self, owner: ClientSocket) -> str:
@@ -1606,16 +1607,12 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
 
 def serve(channel: socket.socket, finder: Finder) -> None:
     """Answer questions until the milter's end is closed; what is not a question gets no answer."""
-    while True:
-        data = channel.recv(QUESTION.size + 1)
-        if not data:
-            return
-        if len(data) != QUESTION.size:
-            continue
-        number, kind, *socket_ = QUESTION.unpack(data)
-        facts = finder.answer(kind, *socket_)
-        with contextlib.suppress(BlockingIOError):  # a milter that does not read does without
-            channel.send(json.dumps({"number": number, **facts}).encode(), socket.MSG_DONTWAIT)
+    for data in iter(lambda: channel.recv(QUESTION.size + 1), b""):
+        if len(data) == QUESTION.size:
+            number, *question = QUESTION.unpack(data)
+            answer = {"number": number, **finder.answer(*question)}
+            with contextlib.suppress(BlockingIOError):  # a milter that does not read does without
+                channel.send(json.dumps(answer).encode(), socket.MSG_DONTWAIT)
 
 
 def wanted_facts() -> tuple[str, ...]:
@@ -1938,7 +1935,7 @@ def lsof_candidates(uid: Optional[int]) -> dict[int, psutil.Process]:
     processes = {}
     for pid in psutil.pids():
         with contextlib.suppress(psutil.Error):
-            if uid == 0 or owner_of(pid) == uid:
+            if uid in (0, owner_of(pid)):
                 processes[pid] = psutil.Process(pid)
     return processes
 
