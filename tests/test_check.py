@@ -107,7 +107,7 @@ def test_under_postfixs_uid_without_the_rule_users_are_found(check: Any, strange
     found = check(user="postfix", lsof_command=["sudo", "-n", "/nonexistent/lsof"])
     assert found.status == 0
     assert found.line("users: another").startswith("ok")
-    assert found.line("programs: the helper").startswith("warn") and "start as root" in found.cure("programs: the helper")
+    assert found.line("programs: the helper").startswith("warn") and "start the milter as root" in found.cure("programs: the helper")
     assert found.line("programs: sudo lsof").startswith("warn")
     assert "sudoers.example" in found.cure("programs: sudo lsof")
 
@@ -278,7 +278,7 @@ XCLIENT, PROXY = "smtpd_authorized_xclient_hosts", "smtpd_upstream_proxy_protoco
 def test_who_may_make_up_clients_is_warned_about(main_cf: dict, smtpd: dict, warned: str, check: Any) -> None:
     """XCLIENT and PROXY in main.cf and in master.cf, where local users can have the address."""
     found = check(main_cf, smtpd)
-    warnings = [line for line in found.lines if "users on this host can pretend" in line]
+    warnings = [line for line in found.lines if "users of this host can choose" in line]
     assert len(warnings) == bool(warned)
     assert not warned or f"{warned} = " in warnings[0]
 
