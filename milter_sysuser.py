@@ -1163,6 +1163,11 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
         return None
 
 
+def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
+    """Ask NSS for the uid of a name, or the gid of "@group"."""
+    return look_up_group(entry[1:], last) if entry.startswith("@") else look_up_name(entry, last)
+
+
 def look_up_name(name: str, last: Optional[int]) -> Optional[int]:
     """Ask NSS for the uid of a name; the last one, if a directory may be down."""
     entry = account_by_name(name)
@@ -1266,11 +1271,8 @@ class UserList:
         """Ask NSS for the uid or gid of each name that is listed; None if it has none."""
         numbers: dict[str, Optional[int]] = {}
         for entry in map(str, self.listed):
-            before = (last or {}).get(entry)
-            if entry.startswith("@"):
-                numbers[entry] = look_up_group(entry[1:], before)
-            elif not entry.isdigit():
-                numbers[entry] = look_up_name(entry, before)
+            if not entry.isdigit():
+                numbers[entry] = look_up_entry(entry, (last or {}).get(entry))
         for entry in [entry for entry, number in numbers.items() if number is None]:
             self.warn(entry, "is not found; it is looked for again every minute")
         return numbers
@@ -1279,7 +1281,8 @@ class UserList:
         """Log something about an entry, once."""
         if entry not in self.warned:
             self.warned.add(entry)
-            say(WARNING, f"{self.setting}: {quote(entry)} {what}")
+            where = self.setting if entry in map(str, self.fixed) else self.path
+            say(WARNING, f"{where}: {quote(entry)} {what}")
 
     def warn_of_doubles(self) -> None:
         """Say of digits in quotes that there is a user of that name, too."""
@@ -1296,7 +1299,8 @@ class UserList:
         except (OSError, ValueError) as error:
             problem, state = str(error), state if isinstance(error, ValueError) else None
             if problem != self.problem:
-                say(ERROR, f"{self.setting}_file: the last good list stays in force: {quote(problem)}")
+                state_of_list = "cannot be read" if self.made_of is None else "the last good list stays in force"
+                say(ERROR, f"{self.setting}_file: {state_of_list}: {quote(problem)}")
         # A file written in this very moment may change again without its time stamp telling.
         rested = state and abs(time.time() - state[-1] / 1e9) > 1
         self.state, self.problem = state if rested else None, problem
@@ -2186,12 +2190,22 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
     try:
         check_lookups(account_by_name(run_as_user))
         delegated_to(0)  # now as the user the milter will be
-        if blocked_mailusers_file:
-            read_entries(blocked_mailusers_file, os.geteuid())
+        check_lists()
     except (OSError, ValueError) as error:
         cure = "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names"
         report("as run_as_user", str(error), cure, True)
     return EX_CONFIG if FAILED else 0
+
+
+def check_lists() -> None:
+    """Look whether NSS knows all who are listed; OSError, ValueError if the file cannot be read."""
+    listed = {"blocked_mailusers": blocked_mailusers, "allowed_mailusers": allowed_mailusers or []}
+    if blocked_mailusers_file:
+        listed[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
+    for where, entries in listed.items():
+        for entry in map(str, map(unquoted, entries)):
+            if not entry.isdigit() and look_up_entry(entry, None) is None:
+                report(f"{where}: {quote(entry)}", "is not found", "mend the name, unless it is to come")
 
 
 def postconf(*arguments: str) -> tuple[list[str], str]:
@@ -2287,7 +2301,8 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     if problem:
         return
     assert isinstance(lookup, KernelLookup)
-    stranger = stranger_connection(lookup)
+    made = os.geteuid() == 0
+    stranger = connection_made() if made else connection_found(lookup)
     privileged = os.geteuid() == 0 or sees_others()
     channel = fork_helper(user) if privileged else None
     become(user)
@@ -2295,7 +2310,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    owner = check_owner(lookup, stranger)
+    owner = check_owner(lookup, stranger, made)
     if channel is None:
         check_without_helper(owner)
     elif owner:
@@ -2316,23 +2331,23 @@ def check_without_helper(owner: Optional[ClientSocket]) -> None:
 Stranger = Optional[tuple[Endpoint, Endpoint, int]]  # another user's connection: both ends, his uid
 
 
-def check_owner(lookup: KernelLookup, stranger: Stranger) -> Optional[ClientSocket]:
-    """Find the owner of another user's connection; None if that fails."""
+def check_owner(lookup: KernelLookup, stranger: Stranger, made: bool) -> Optional[ClientSocket]:
+    """Find the owner of another user's connection, made for this or not; None if that fails."""
     if stranger is None:
         report("users and programs of others", "not tried, no other user has a connection now",
                "run this as root" + (", with CAP_SETUID" if os.geteuid() == 0 else ""))
         return None
-    for _ in range(5):  # one that is not ours can end meanwhile
+    for _ in range(5):  # one that was found can end meanwhile
         began = time.perf_counter()
         owner = lookup.find_client_socket(*stranger[:2])
         took = (time.perf_counter() - began) * 1e6
         if owner and owner.uid == stranger[2]:
             report(f"users: another user's connection, {took:.0f} us")
             return owner
-        stranger = stranger_connection(lookup) or stranger
+        stranger = (None if made else connection_found(lookup)) or stranger
     found = (owner.why or "wrong uid") if owner else "taken for another host's"
     report("users: another user's connection", f"not found ({found})",
-           "run this again; in a unit or container, give it the host's network and users", True)
+           "run this again; in a unit or container, give it the host's network and users", fatal=made)
     return None
 
 
@@ -2355,11 +2370,6 @@ def why_no_lsof() -> str:
         if b"sudo-rs" in version.stdout + version.stderr:
             return "this is sudo-rs, which has no regular expressions: the rule never matches; start as root"
     return "" if lsof_allowed() else "not allowed"
-
-
-def stranger_connection(lookup: KernelLookup) -> Stranger:
-    """Give another user's connection: one made for this by root, else any."""
-    return connection_made() if os.geteuid() == 0 else connection_found(lookup)
 
 
 def connection_found(lookup: KernelLookup) -> Stranger:

@@ -1133,8 +1133,8 @@ def test_digits_that_are_a_users_name_block_user_and_uid_and_say_so(directory: D
     milter = served("1234567", "7654321")
     assert send(milter, 42405) == send(milter, 1234567) == refused(1234567)
     assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
-    (line,) = milter.lines("WARNING blocked_mailusers:")
-    assert "1234567 is a uid and also the name of a user; both are meant" in line
+    (line,) = milter.lines("is a uid and also")
+    assert f"WARNING {milter.path}: 1234567 is a uid and also the name of a user; both are meant" in line
     assert milter.log().index(line) < milter.log().index("listening on")
 
 

@@ -223,10 +223,11 @@ def test_the_unit_starts_before_the_mta_and_again_unless_stopped_or_wrongly_set(
     expected = {"Type": "notify", "NotifyAccess": "main", "Restart": "always", "SyslogFacility": "mail",
                 "RestartPreventExitStatus": re.search(r"EX_CONFIG = .*(\d\d)  #", mta.SCRIPT.read_text())[1],
                 "SyslogIdentifier": "milter_sysuser", "WantedBy": "multi-user.target", "SuccessExitStatus": "75",
-                "ExecReload": "/bin/kill -HUP $MAINPID", "Sockets": "milter_sysuser.socket",
+                "ExecReload": unit["ExecStart"][0] + " --check", "Sockets": "milter_sysuser.socket",
                 # 0 does not switch journald's limit off
                 "LogRateLimitIntervalSec": "30s", "LogRateLimitBurst": "1000000"}
     assert {key: unit[key][0] for key in expected} == expected
+    assert unit["ExecReload"][1:] == ["/bin/kill -HUP $MAINPID"]
     assert {"postfix.service", "postfix@-.service", "sendmail.service"} <= set(unit["Before"][0].split())
     default = re.search(r'^run_as_user = "(\w+)"', mta.SCRIPT.read_text(), re.M)[1]
     assert unit["User"] == [default]
