@@ -1653,6 +1653,7 @@ class Finder:
             return {"why": "busy"}
         self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
         self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
+        processor_then = time.process_time()
         self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
         try:
             for _ in range(3):  # what has it may end, or move it, and another may have it still
@@ -1662,7 +1663,9 @@ class Finder:
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     return (self.dialled if kind == WHAT_WAS_DIALLED else self.describe)(*found)
         except BusyError:
-            self.paused_until[payer] = time.monotonic() + PAUSE_SECONDS
+            # Where the machine is slow, and not the search long, the user has not to pause for it.
+            if self.links < 0 or time.process_time() - processor_then > SEARCH_SECONDS / 2:
+                self.paused_until[payer] = time.monotonic() + PAUSE_SECONDS
             return {"why": "busy"}
         except (OSError, struct.error):
             pass

@@ -390,8 +390,13 @@ def test_whoever_has_many_uids_delegated_pauses_as_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(ms, "delegated_to", lambda uid: delegated.get(uid, []))
     finder = ms.Finder(["program"])
 
-    def runs_over() -> None:
+    def late() -> None:
         raise ms.BusyError
+
+    def runs_over() -> None:
+        finder.charge(ms.SEARCH_LINKS)
+    monkeypatch.setattr(finder, "find_holder", late)  # on a machine that is slow: nobody's doing
+    assert finder.answer(ms.WHO_HAS, 200000, 1, 0) == {"why": "busy"}
     monkeypatch.setattr(finder, "find_holder", runs_over)
     assert finder.answer(ms.WHO_HAS, 200000, 1, 0) == {"why": "busy"}
     monkeypatch.setattr(finder, "find_holder", lambda: None)
