@@ -68,7 +68,7 @@ except ImportError as missing:  # --help and --version do without them; see main
 VERSION = "2.0"
 
 # ====================================================================================== settings
-# Plain values, one name each. Edit them here, or put such lines into the file that settings_file
+# Plain values, one name each. Leave them here, and put such lines into the file that settings_file
 # names, where they outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
 
 # The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that
@@ -1376,7 +1376,8 @@ def read_trusted(path: str, trusted_uid: int) -> str:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is not a regular file")
         if status.st_uid not in (0, trusted_uid) or status.st_mode & 0o022:
-            raise ValueError(f"{path} must belong to root or uid {trusted_uid} and be writable by its owner only")
+            owners = f"root or uid {trusted_uid}" if trusted_uid else "root"
+            raise ValueError(f"{path} must belong to {owners} and be writable by its owner only")
         data = file.read(MOST_FILE_BYTES + 1)
     if len(data) > MOST_FILE_BYTES:
         raise ValueError(f"{path} is larger than {MOST_FILE_BYTES} bytes")
@@ -2077,8 +2078,9 @@ def socket_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
     """Check the socket's path and directory."""
     if path_problem(path or "") or not path.isprintable() or len(os.fsencode(path)) > 107:
         return "must be an absolute path of at most 107 bytes, all printable"
-    if "LISTEN_FDS" in os.environ:
-        return ""  # the service manager has the socket
+    with contextlib.suppress(OSError):
+        if "LISTEN_FDS" in os.environ or is_served(path):
+            return ""  # the service manager has the socket, or a milter
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         return f"there is no directory {directory}"
@@ -2466,17 +2468,24 @@ def start_problem() -> str:
     try:
         if handed_over() or not os.path.lexists(socketname):
             return ""
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(5)  # one that does not accept is still there
-            with contextlib.suppress(ConnectionRefusedError):  # left over from one that was killed
-                probe.connect(socketname)
-                return f"another milter is already serving {socketname}"
-            os.unlink(socketname)
+        if is_served(socketname):
+            return f"another milter is already serving {socketname}"
+        os.unlink(socketname)
     except ValueError as error:
         return str(error)
     except OSError as error:
         return f"{socketname}: {error}"
     return ""
+
+
+def is_served(path: str) -> bool:
+    """Tell whether somebody listens on a unix socket; OSError if that cannot be told."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5)  # one that does not accept is still there
+        with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):  # left over, or none
+            probe.connect(path)
+            return True
+    return False
 
 
 def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
@@ -2609,8 +2618,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Tag local mail with the system user and program that sent it.\n"
-                    f"Settings: at the top of the script, and in {settings_file}.",
-        epilog="example:\n  milter_sysuser.py --check && systemctl restart milter_sysuser\n\nexit status:\n"
+                    f"Settings: in {settings_file}; the top of the script explains each.",
+        epilog="example:\n  %(prog)s --check && systemctl restart milter_sysuser\n\nexit status:\n"
                "  0   told to stop (TERM, INT)\n"
                "  1   could not start or go on: the last line of the log says why\n"
                "  75  told to start again with the settings of now (HUP)\n"

@@ -140,7 +140,9 @@ def test_a_hostile_process_is_quoted(everything: types.SimpleNamespace, users: t
     executable = os.path.join(directory, HOSTILE)
     shutil.copy(os.path.realpath(mta.PYTHON), executable)
     argv = [HOSTILE + b" x", b"-c", mta.SMTP_CLIENT.encode(), b"%d" % everything.postfix.port]
-    found = sent(everything, argv, executable=executable, cwd=directory)
+    # Arguments are not waited for long, and a busy machine may be late.
+    found = mta.wait_for(lambda: (one := sent(everything, argv, executable=executable, cwd=directory)).header["args"] and one,
+                         what="the arguments")
     for fields in found.header, found.log:
         assert fields["user"] == b"mst-alice" and fields["program"] == HOSTILE[:15]
         assert (fields["exe"], fields["dir"]) == (executable, directory)

@@ -172,7 +172,8 @@ def test_a_change_counts_for_the_next_message_of_a_connection_that_is_open(
             assert session.send().startswith("user=mst-alice ")
 
 
-def test_a_change_that_keeps_size_and_times_counts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_that_keeps_size_and_times_counts(root: None, tmp_path: pathlib.Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """The time that cp -p and rsync -t set back is not what tells a change, nor the inode."""
     path = tmp_path / "blocked"
     monkeypatch.setattr(ms.time, "time", lambda real=ms.time.time: real() + 10)  # it has rested for 10 s
@@ -185,7 +186,8 @@ def test_a_change_that_keeps_size_and_times_counts(tmp_path: pathlib.Path, monke
         assert block_list.now().names == {name}
 
 
-def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_has_not_changed_is_not_read_again(root: None, tmp_path: pathlib.Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """One stat(2) a message is all it costs, also where its time lies in the future."""
     path, read = tmp_path / "blocked", []
     path.write_text("mst-alice\n")
@@ -319,7 +321,7 @@ def test_an_entry_that_is_not_found_is_said(listed: mta.Milter, blocked_file: pa
     listed.wait_lines("mst-alcie")
 
 
-def test_a_list_of_the_largest_size_holds_nobody_up(tmp_path: pathlib.Path) -> None:
+def test_a_list_of_the_largest_size_holds_nobody_up(root: None, tmp_path: pathlib.Path) -> None:
     """A hundred thousand uids are one list in less than the time that a connection waits for its description."""
     path = tmp_path / "blocked"
     path.write_text("".join(f"{uid}\n" for uid in range(100000, 240000)))
@@ -329,7 +331,8 @@ def test_a_list_of_the_largest_size_holds_nobody_up(tmp_path: pathlib.Path) -> N
     assert ms.time.thread_time() - spent < 3  # CPU time of one thread; quadratic code takes minutes
 
 
-def test_a_change_that_could_not_be_read_at_once_is_read_later(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_that_could_not_be_read_at_once_is_read_later(root: None, tmp_path: pathlib.Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Here for want of a descriptor, at a time when the file is not so new that it is read again anyway."""
     path = tmp_path / "blocked"
     path.write_text("1001\n")
@@ -349,7 +352,7 @@ def test_a_change_that_could_not_be_read_at_once_is_read_later(tmp_path: pathlib
     assert block_list.now().uids == {1001, 1002}
 
 
-def test_changes_while_the_directory_hangs_are_not_undone_when_it_answers(tmp_path: pathlib.Path,
+def test_changes_while_the_directory_hangs_are_not_undone_when_it_answers(root: None, tmp_path: pathlib.Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are: what counts is the last one."""
     path, go = tmp_path / "blocked", threading.Event()
