@@ -20,8 +20,8 @@ It cannot know who is behind a relay on this host (docker-proxy, another network
 or PROXY), and it promises nothing against root. README.md has the whole list.
 
 To see who is named, read in this order: SysuserMilter (connect, confirm, identify),
-KernelLookup.find_client_socket, why_not_root, look_up_account. The rest decides what to do about
-it, or describes the process.
+KernelLookup.find_client_socket, why_not_root, look_up_account. Who is refused: SysuserMilter.judge
+and what it calls. What has privilege: fork_helper, serve, Finder. The rest describes the process.
 """
 from __future__ import annotations
 
@@ -347,13 +347,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def eom(self) -> int:
         """Decide, act and log, the message being complete."""
-        sender = Sender(None, "error")
+        sender, verdict = Sender(None, "error"), Verdict("tempfail", "unidentified", UNIDENTIFIED)
         try:
             sender = self.identify()
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            verdict = self.judge_by_memory()
+            with contextlib.suppress(Exception):  # then it is tempfail, in which no one gets through
+                verdict = self.judge_by_memory()
         for step in (self.act, self.write_log):
             try:
                 step(verdict, sender)
@@ -390,13 +391,17 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return ""
         self.confirmed = False
         cookie, mta_bytes_read = self.lookup.look_again(owner)
+        if cookie is None:
+            return "closed"
         if cookie != owner.cookie:
-            return "reused" if cookie else "closed"
-        self.confirmed = not rivals and mta_bytes_read > owner.mta_bytes_read
+            return "reused"
+        if not rivals and mta_bytes_read > owner.mta_bytes_read:
+            self.confirmed = True
+            return ""
         # Until DATA, a rival may still be the same session of the MTA's.
         if rivals and (self.queue_id or all(rival.ended for rival in rivals)):
             self.begin_anew(owner, mta_bytes_read)
-        return "" if self.confirmed else "reused"
+        return "reused"
 
     def begin_anew(self, owner: ClientSocket, mta_bytes_read: int) -> None:
         """Believe nothing that the MTA has read until now, and forget the rivals that have ended."""
@@ -1010,8 +1015,9 @@ def why_not_root(port: int, facts: Facts) -> str:
     low, high = map(int, read_file("/proc/sys/net/ipv4/ip_local_port_range").split())
     if not low <= port <= high:
         return "handed-down"
-    not_held = str(facts.get("why", "error"))
-    return {None: not_held, 0: ""}.get(facts.get("holder"), "handed-down")
+    if "holder" not in facts:
+        return str(facts.get("why", "error"))
+    return "" if facts["holder"] == 0 else "handed-down"
 
 
 # --------------------------------------------------------- policy: who that is, and what he may do
@@ -1461,13 +1467,13 @@ WHO_HAS, WHAT_WAS_DIALLED = 1, 2
 class Describer:
     """Have processes described by whoever may see them: the helper, or else sudo lsof.
 
-    The helper is asked one thing at a time. While it owes an answer, nobody waits for it.
+    The helper is asked one thing at a time. While an answer is overdue, nobody waits for it.
     """
 
     def __init__(self, channel: Optional[socket.socket], by_lsof: Optional[bool]) -> None:
         """Make one; by_lsof: whether sudo allows it; None: asked when the helper has ended."""
         self.channel, self.by_lsof = channel, by_lsof
-        self.lock, self.number, self.owes = threading.Lock(), 0, False
+        self.lock, self.number, self.owes, self.asked = threading.Lock(), 0, False, 0.0
         self.running: list[subprocess.Popen[bytes]] = []  # calls of lsof, also those past their time
         self.started = 0.0  # the last of them, on the monotonic clock
         if channel:
@@ -1504,9 +1510,10 @@ class Describer:
             channel = self.channel
             if channel is None:
                 return {"why": "no-helper"}
-            if self.owes and self._receive(channel, 0.0) is None:
+            # The last one did not get his answer in time: it can be waited for, but not if it is overdue.
+            if self.owes and self._receive(channel, min(deadline, self.asked + HELPER_SECONDS)) is None:
                 return {"why": "timeout"}
-            self.number += 1
+            self.number, self.asked = self.number + 1, time.monotonic()
             channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup), socket.MSG_DONTWAIT)
             self.owes = True
             return self._receive(channel, deadline) or {"why": "timeout"}
@@ -1649,7 +1656,8 @@ class Finder:
         {"why": word} if that is not known.
         """
         now = time.monotonic()
-        payer = self.payer(uid)
+        # Others may have crowded root's cgroup, so root pauses in that one only.
+        payer = self.payer(uid) if uid else (uid, cgroup)
         if self.paused_until.get(payer, 0.0) > now:
             return {"why": "busy"}
         self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
@@ -1686,8 +1694,8 @@ class Finder:
             if os.readlink(link, dir_fd=directory) != self.target:
                 raise FileNotFoundError
             holder = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
-            facts = read_process(directory, self.wanted)
-            if self.uid == 0:
+            facts = read_process(directory, self.wanted, link.rpartition("fd/")[0])
+            if self.uid == 0:  # all its uids must be root's, and nobody else may have the socket, too
                 holder = max(uids_of("status", directory)) or self.find_other_holder()
             return {"pid": pid, **facts, "holder": holder}
         finally:
@@ -1749,8 +1757,10 @@ class Finder:
         except (FileNotFoundError, ProcessLookupError):
             return None  # it has ended; what else goes wrong must not hide a holder
         try:
-            self.charge(os.fstat(directory).st_size)  # how many there are, since Linux 6.2
+            if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
+                raise BusyError
             for descriptor in reversed(os.listdir(directory)):  # what was opened last stands last
+                self.charge(1)
                 try:
                     if os.readlink(descriptor, dir_fd=directory) == self.target:
                         return f"{table}/{descriptor}"
@@ -1764,7 +1774,7 @@ class Finder:
 
     def charge(self, links: int) -> None:
         """Take links off the budget of this search; BusyError if it is used up."""
-        self.links -= 1 + links
+        self.links -= links
         if self.links < 0 or time.monotonic() > self.deadline:
             raise BusyError
 
@@ -1794,15 +1804,16 @@ def thread_tables(pid: int) -> list[str]:
     return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
 
 
-def read_process(directory: int, wanted: Iterable[str]) -> Facts:
+def read_process(directory: int, wanted: Iterable[str], thread: str = "") -> Facts:
     """Say what a process is, given its open directory in /proc; OSError if it has ended.
 
-    Never through its memory, as psutil may: its owner can make that hang for ever.
+    thread: path from there to the one that has the socket; the first, "", may have ended. Nothing is
+    read through the process's memory, as psutil may: its owner can make that hang for ever.
     """
     readers: dict[str, Callable[[], Optional[str]]] = {
         "program": lambda: read_file("comm", directory)[:-1],
-        "exe": lambda: os.readlink("exe", dir_fd=directory)[:FACT_BYTES],
-        "dir": lambda: os.readlink("cwd", dir_fd=directory)[:FACT_BYTES],
+        "exe": lambda: os.readlink(thread + "exe", dir_fd=directory)[:FACT_BYTES],
+        "dir": lambda: os.readlink(thread + "cwd", dir_fd=directory)[:FACT_BYTES],
         "unit": lambda: unit_of(read_file("cgroup", directory)),
         "args": lambda: read_args(directory)}
     facts: Facts = {}

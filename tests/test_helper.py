@@ -327,6 +327,18 @@ def test_a_late_answer_describes_nobody_and_is_waited_for_once(make_fake: Any) -
     assert fake.describer.describe(OWNER) == {"program": f"p{fake.numbers[-1]}"}
 
 
+def test_a_late_answer_that_is_not_overdue_is_waited_for(make_fake: Any) -> None:
+    """So one user's long search does not cost the others their programs."""
+    def one(number: int, channel: socket.socket) -> None:
+        if number > 1:
+            answer(channel, number, program=f"p{number}")
+    fake = make_fake(one)
+    assert fake.describer.describe(OWNER) == {"why": "timeout"}
+    fake.describer.asked = time.monotonic()  # as if whoever gave up had spent his time on waiting for his turn
+    threading.Timer(0.05, answer, [fake.far, 1], {"program": "late"}).start()
+    assert fake.describer.describe(OWNER) == {"program": "p2"}
+
+
 NONSENSE = [
     b"nonsense", b"\xff\xfe\x00", b"{", b"null", b"[]", b"4711", b'"number"', b"{}", b'{"number": null}',
     b'{"number": []}', b'{"number": "1"}', b'{"number": 4711, "program": "wrong"}', b'{"number": -1}',
@@ -394,7 +406,7 @@ def test_whoever_has_many_uids_delegated_pauses_as_one(monkeypatch: pytest.Monke
         raise ms.BusyError
 
     def runs_over() -> None:
-        finder.charge(ms.SEARCH_LINKS)
+        finder.charge(ms.SEARCH_LINKS + 1)
     monkeypatch.setattr(finder, "find_holder", late)  # on a machine that is slow: nobody's doing
     assert finder.answer(ms.WHO_HAS, 200000, 1, 0) == {"why": "busy"}
     monkeypatch.setattr(finder, "find_holder", runs_over)
@@ -402,3 +414,19 @@ def test_whoever_has_many_uids_delegated_pauses_as_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(finder, "find_holder", lambda: None)
     assert finder.answer(ms.WHO_HAS, 200001, 1, 0) == {"why": "busy"}
     assert finder.answer(ms.WHO_HAS, 300000, 1, 0)["why"] == finder.answer(ms.WHO_HAS, 1000, 1, 0)["why"] == "not-found"
+
+
+@pytest.mark.parametrize("links, seconds", [(100, 60.0), (10**9, 0.0)])
+def test_a_search_is_given_up_within_a_table_that_is_longer_than_its_budget(links: int, seconds: float) -> None:
+    """Its links and its time: a table may have half a million."""
+    finder, held = ms.Finder(["program"]), os.open(os.devnull, os.O_RDONLY)
+    copies = [os.dup(held) for _ in range(200)]
+    finder.target, finder.links, finder.deadline = "socket:[1]", links, time.monotonic() + seconds
+    try:
+        with pytest.raises(ms.BusyError):
+            finder.link_to_target(os.getpid(), "fd")
+        finder.links, finder.deadline = 10**9, time.monotonic() + 60
+        assert finder.link_to_target(os.getpid(), "fd") is None
+    finally:
+        for descriptor in [held, *copies]:
+            os.close(descriptor)
