@@ -2033,6 +2033,8 @@ def settings_lines(path: Any) -> list[tuple[str, str]]:
     try:
         lines = read_trusted(path, os.geteuid()).split("\n") if path else []
     except FileNotFoundError:
+        if os.path.lexists(path):  # a link that leads nowhere, perhaps in this unit only (ProtectHome=)
+            raise
         return []
     return [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)
             if re.match(r"\s*[^\s#]", line)]

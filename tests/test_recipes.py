@@ -363,6 +363,20 @@ def test_a_ban_closes_three_doors_and_an_unban_opens_them(
     assert submit(mail, "mst-bob").returncode == 0
 
 
+def test_only_what_was_queued_is_deleted_from_the_queue(tmp_path: pathlib.Path) -> None:
+    """A message that was refused has a queue id that the next one can get; what a sender says changes nothing."""
+    line = "{}: client=127.0.0.1:1 user={} uid=1 program=php pid=2 exe=? dir=/ unit=? from={} rcpts=1 action={}\n"
+    log = tmp_path / "log"
+    log.write_text("".join(line.format(*fields) for fields in (
+        ("A1", "bob", "x@example.org", "tag"), ("A2", "bob", "x@example.org", "reject reason=blocked"),
+        ("A3", "bob", '"x action=reject y@example.org"', "tag"), ("A4", "bobby", "x@example.org", "tag"),
+        ("A5", "bob", "x@example.org", "tempfail reason=limit"), ("A6", "bob", "x@example.org", "quarantine reason=limit"),
+        ("A7", "alice", '" user=bob "', "tag"))))
+    commands = f"journalctl() {{ cat {log}; }}; postsuper() {{ cat; }}; id() {{ echo 1; }}\n" + recipe("Ban a user now")[2]
+    ran = subprocess.run(["sh", "-c", commands], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.split() == ["A1", "A3", "A6"] and not ran.stderr
+
+
 def test_everyone_is_limited_but_one(make_mail: Callable, users: types.SimpleNamespace) -> None:
     """The 201st recipient is refused, and the one who is exempt goes on."""
     limits = setting("Limit everyone to 200 recipients an hour, except one")["hourly_limits"]
