@@ -72,10 +72,19 @@ def sent(mail: types.SimpleNamespace, argv: list, user: str = "mst-alice", **opt
                                  header=header and values(header))
 
 
+def sent_with_args(mail: types.SimpleNamespace, argv: list, **options: Any) -> types.SimpleNamespace:
+    """The same, once more while no arguments are said: they are not waited for long, and a busy machine may be late."""
+    def one() -> Optional[types.SimpleNamespace]:
+        found = sent(mail, argv, **options)
+        return found if found.header.get("args") or found.log.get("args") else None
+    return mta.wait_for(one, what="the arguments")
+
+
 def test_each_field_says_what_it_is_called(everything: types.SimpleNamespace, users: types.SimpleNamespace,
                                            site: pathlib.Path, sees_others: None) -> None:
     """In the order of the settings, the same in the header and the log."""
-    found = sent(everything, ["sh", "-c", 'exec "$@"', "sh", *mta.smtp(everything.postfix.port)], cwd=site)
+    client = ["sh", "-c", 'exec "$@"', "sh", *mta.smtp(everything.postfix.port)]
+    found = sent_with_args(everything, client, cwd=site)
     assert list(found.header) == FIELDS and [key for key in found.log if key in FIELDS] == FIELDS
     assert found.header == {key: found.log[key] for key in FIELDS}
     expected = {"user": b"mst-alice", "uid": b"%d" % users.alice.pw_uid, "program": b"python3", "pid": found.pid,
@@ -89,7 +98,8 @@ def test_only_the_fields_asked_for_are_said(header: list[str], log: list[str], m
                                             users: types.SimpleNamespace) -> None:
     """In that order; the command line, which can hold secrets, in no other place."""
     mail = make_mail(header_fields=header, log_fields=log)
-    found = sent(mail, mta.smtp(mail.postfix.port))
+    said = "args" in header + log and mta.can_see_others()
+    found = (sent_with_args if said else sent)(mail, mta.smtp(mail.postfix.port))
     assert list(found.header) == header
     assert [key for key in found.log if key in FIELDS] == log
     assert ("argparse" in found.text, "argparse" in found.line) == (
@@ -140,9 +150,7 @@ def test_a_hostile_process_is_quoted(everything: types.SimpleNamespace, users: t
     executable = os.path.join(directory, HOSTILE)
     shutil.copy(os.path.realpath(mta.PYTHON), executable)
     argv = [HOSTILE + b" x", b"-c", mta.SMTP_CLIENT.encode(), b"%d" % everything.postfix.port]
-    # Arguments are not waited for long, and a busy machine may be late.
-    found = mta.wait_for(lambda: (one := sent(everything, argv, executable=executable, cwd=directory)).header["args"] and one,
-                         what="the arguments")
+    found = sent_with_args(everything, argv, executable=executable, cwd=directory)
     for fields in found.header, found.log:
         assert fields["user"] == b"mst-alice" and fields["program"] == HOSTILE[:15]
         assert (fields["exe"], fields["dir"]) == (executable, directory)
