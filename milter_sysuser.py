@@ -1510,7 +1510,7 @@ class Describer:
             channel = self.channel
             if channel is None:
                 return {"why": "no-helper"}
-            # The last one did not get his answer in time: it can be waited for, but not if it is overdue.
+            # Whoever asked before gave up too early for this answer: it is waited for until it is overdue.
             if self.owes and self._receive(channel, min(deadline, self.asked + HELPER_SECONDS)) is None:
                 return {"why": "timeout"}
             self.number, self.asked = self.number + 1, time.monotonic()
@@ -1537,8 +1537,9 @@ class Describer:
                 if not whole(number) or not whole(holder) or holder >= 1 << 32:
                     raise ValueError
                 if "address" in facts:
-                    endpoint(facts["address"], int(facts["port"]))
-            except (ValueError, KeyError, TypeError, RecursionError):
+                    packed(facts["address"])
+                    struct.pack("=H", facts["port"])
+            except (ValueError, KeyError, TypeError, RecursionError, struct.error):
                 complain("the helper gave an answer that is none")
                 continue
             if number == self.number:  # else it was late

@@ -346,7 +346,9 @@ NONSENSE = [
     b'{"number": 1, "program": "wrong", "holder": -1}', b'{"number": 1, "program": "wrong", "holder": "root"}',
     b'{"number": 1, "program": "wrong", "holder": 4294967296}', b'{"number":' + b"9" * 5000 + b"}",
     b'{"number": 1, "address": "localhost", "port": 25}', b'{"number": 1, "address": 1, "port": 25}',
-    b'{"number": 1, "address": "127.0.0.1"}', b'{"number": 1, "address": "127.0.0.1", "port": []}']
+    b'{"number": 1, "address": "127.0.0.1"}', b'{"number": 1, "address": "127.0.0.1", "port": []}',
+    b'{"number": 1, "address": "127.0.0.1", "port": "25"}', b'{"number": 1, "address": "127.0.0.1", "port": 65536}',
+    b'{"number": 1, "address": ["127.0.0.1"], "port": 25}']
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
