@@ -353,7 +353,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            with contextlib.suppress(Exception):  # then it is tempfail, in which no one gets through
+            with contextlib.suppress(Exception):  # if that fails, too, it stays tempfail: nothing is lost
                 verdict = self.judge_by_memory()
         for step in (self.act, self.write_log):
             try:
@@ -2092,27 +2092,30 @@ def socket_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
     """Check the socket's path and directory."""
     if path_problem(path or "") or not path.isprintable() or len(os.fsencode(path)) > 107:
         return "must be an absolute path of at most 107 bytes, all printable"
-    with contextlib.suppress(OSError):
-        if "LISTEN_FDS" in os.environ or is_served(path):
-            return ""  # the service manager has the socket, or a milter
+    if "LISTEN_FDS" in os.environ:
+        return ""  # the service manager has the socket
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         return f"there is no directory {directory}"
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         return "there is something at that path that is not a socket"
-    if user and not may_write(directory, user):
-        return f"user {user.pw_name} may not write to {directory}"
-    return ""
+    if user is None or may_write(directory, user):
+        return ""
+    with contextlib.suppress(OSError):
+        if is_served(path):  # it was made for this user, by the service manager
+            return ""
+    return f"user {user.pw_name} may not write to {directory}"
 
 
 def may_write(directory: str, user: pwd.struct_passwd) -> bool:
     """Ask the kernel, in a child that becomes the user, whether he may make files in a directory."""
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(OSError):  # that the milter may not become the user is told elsewhere
+        try:
             become(user)
             os._exit(not os.access(directory, os.W_OK | os.X_OK))
-        os._exit(0)
+        finally:  # that the milter may not become the user is told elsewhere
+            os._exit(0)
     return os.waitpid(child, 0)[1] == 0
 
 
