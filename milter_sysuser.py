@@ -33,6 +33,7 @@ if sys.version_info < (3, 9):
 
 import argparse
 import ast
+import collections
 import contextlib
 import ctypes
 import errno
@@ -42,7 +43,6 @@ import ipaddress
 import json
 import os
 import pwd
-import queue
 import re
 import resource
 import select
@@ -172,8 +172,6 @@ SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
 PAUSE_SECONDS = 2.0  # for the user whose search ran over that, so that others get their turn
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
 ARGS_SECONDS = 0.05  # reading a command line can be made to hang
-FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
-REFRESH_SECONDS = 60  # to believe what NSS said
 COMPLAINT_SECONDS = 60  # between two lines that complain of the same
 FACT_BYTES = 512  # of each fact from the process table
 VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
@@ -245,7 +243,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def begin(self) -> None:
         """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
-        self.owner: Optional[ClientSocket] = ClientSocket(None, "error")  # None: not on this host
+        self.owner = unknown("error")
         self.claimed: Any = None  # the cookie of the MTA's end
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
@@ -273,13 +271,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.close()  # a session whose client is announced once more begins anew
         self.begin()
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
-            self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
+            self.owner = REMOTE  # the MTA's own emulation, for mail from sendmail(1)
         elif hostaddr is None:
-            self.owner = ClientSocket(None, "closed")  # gone before the MTA asked for its address
+            self.owner = unknown("closed")  # gone before the MTA asked for its address
         else:
             self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
             self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
-        if self.owner and self.owner.uid is not None:
+        if self.owner.uid is not None:
             self.claimed = self.owner.cookie
             with self.claims_lock:
                 self.rivals = self.claims.get(self.claimed, [])
@@ -288,8 +286,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 self.claims[self.claimed] = self.rivals + [self]
         return int(Milter.CONTINUE)
 
-    def find_owner(self, client: Endpoint) -> Optional[ClientSocket]:
-        """Find the client's socket; None if it is not on this host."""
+    def find_owner(self, client: Endpoint) -> ClientSocket:
+        """Find the client's socket."""
         try:
             port = int(self.getsymval("{daemon_port}") or 0)
             server = endpoint(self.getsymval("{daemon_addr}") or "", port)
@@ -299,7 +297,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return self.lookup.find_client_socket(client, server)
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
-            return ClientSocket(None, "error")
+            return unknown("error")
 
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
@@ -308,9 +306,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def try_to_confirm(self) -> None:
         """Confirm the owner if that can be done now; at the end it is tried again."""
-        if self.owner and self.owner.uid is not None:
+        if self.owner.uid is not None:
             with contextlib.suppress(OSError, psutil.Error):
-                self.confirm(self.owner)
+                self.confirm()
 
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
@@ -323,8 +321,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
-        if self.account is None and self.owner and self.owner.uid is not None:
-            if "pid" not in self.facts:
+        if self.account is None and self.owner.uid is not None:
+            # A process of root's can become somebody else's between two messages.
+            if "pid" not in self.facts or self.owner.uid == 0:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid)
         return int(Milter.CONTINUE)
@@ -374,75 +373,65 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 self.claims[self.claimed] = others
         return int(Milter.CONTINUE)
 
-    def confirm(self, owner: ClientSocket) -> str:
+    def confirm(self) -> str:
         """Say why the owner cannot be believed, or "" once he can be: then for good, without rivals.
 
         Between accept(2) and the look at the kernel, a client can reset and let another user's
         connection take its four endpoints. While the MTA's end lives, the client's end cannot
-        change hands. So the MTA's end must still be the one that was looked at, by its cookie, and
-        it must be this session's: the MTA must have read from it since. From the end of a newer
-        connection the MTA reads nothing until it has announced that connection, too. Then two
-        sessions claim the end, and bytes that were read before prove nothing for either. (One
-        session of the MTA can announce a connection twice, by XCLIENT or where the milter is listed
-        twice; the message then has one queue id in both, from DATA on.)
+        change hands. So two things must be true. The MTA's end must still be the one that was looked
+        at, by its cookie. And the MTA must have read from it since, which shows that the session is
+        its own: from a newer connection's end the MTA reads nothing until it has announced that
+        connection, too. Then two sessions, rivals, claim one end, and what was read before proves
+        nothing for either.
         """
-        rivals = self.unexplained_rivals()
+        owner, rivals = self.owner, self.unexplained_rivals()
         if self.confirmed and not rivals:
             return ""
-        self.confirmed = False
         cookie, mta_bytes_read = self.lookup.look_again(owner)
-        if cookie is None:
-            return "closed"
-        if cookie != owner.cookie:
-            return "reused"
-        if not rivals and mta_bytes_read > owner.mta_bytes_read:
-            self.confirmed = True
-            return ""
-        # Until DATA, a rival may still be the same session of the MTA's.
-        if rivals and (self.queue_id or all(rival.ended for rival in rivals)):
-            self.begin_anew(owner, mta_bytes_read)
+        self.confirmed = not rivals and cookie == owner.cookie and mta_bytes_read > owner.mta_bytes_read
+        if self.confirmed or cookie is None:
+            return "" if self.confirmed else "closed"
+        # Until DATA, a rival may still turn out to be the same session of the MTA's.
+        if rivals and cookie == owner.cookie and (self.queue_id or all(rival.ended for rival in rivals)):
+            self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
+            with self.claims_lock:
+                self.rivals = [rival for rival in self.rivals if not rival.ended]
         return "reused"
 
-    def begin_anew(self, owner: ClientSocket, mta_bytes_read: int) -> None:
-        """Believe nothing that the MTA has read until now, and forget the rivals that have ended."""
-        self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
-        with self.claims_lock:
-            self.rivals = [rival for rival in self.rivals if not rival.ended]
-
     def unexplained_rivals(self) -> list[SysuserMilter]:
-        """Give the rivals that are not known to be the same session of the MTA's.
+        """Give the sessions with the same claim, but those that are the same session of the MTA's.
 
-        The DATA of one that is can reach us shortly after this one's: that is waited for.
+        The MTA can announce one connection twice, by XCLIENT or where the milter is listed twice. The
+        message then has one queue id in both, from DATA on, which is waited for: it may come later.
         """
         deadline = time.monotonic() + (RIVAL_SECONDS if self.queue_id else 0.0)
         while True:
-            found = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
-            if all(rival.ended for rival in found) or time.monotonic() >= deadline:
-                return found
+            others = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
+            if all(rival.ended for rival in others) or time.monotonic() >= deadline:
+                return others
             time.sleep(0.002)
 
     def identify(self) -> Sender:
         """Say who sent the message; or why that is not known, and who it may have been."""
-        owner = self.owner
-        if owner is None or owner.uid is None:
-            return Sender(None, owner.why if owner else "")
-        facts = self.facts
+        owner, facts = self.owner, self.facts
+        if owner.uid is None:
+            return Sender(None, "" if owner is REMOTE else owner.why)
         account = self.account or self.directory.account(owner.uid)
         other = None
-        if facts.get("holder", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder"])
+        if facts.get("holder_uid", owner.uid) != owner.uid:
+            holder = self.directory.account(facts["holder_uid"])
             other = holder if holder.uid != account.uid else None
-        why = self.why_not_named(owner, account, facts)
+        why = self.why_not_named(account)
         if why:
             return Sender(None, why, {}, account, other)
         return Sender(account, str(facts.get("why", "")), facts, None, other)
 
-    def why_not_named(self, owner: ClientSocket, account: Account, facts: Facts) -> str:
+    def why_not_named(self, account: Account) -> str:
         """Say in a word why the owner must not be named, or ""."""
         try:
-            why = self.confirm(owner) or account.why
-            if owner.uid == 0 and not why and not owner.process:
-                why = why_not_root(owner.client.port, facts)
+            why = self.confirm() or account.doubt
+            if self.owner.uid == 0 and not why and not self.owner.process:
+                why = why_not_root(self.owner.client.port, self.facts)
             return why
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
@@ -452,7 +441,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Say what becomes of the message."""
         if self.forgery():
             return Verdict("reject", "forged", self.forgery())
-        if self.owner is None:
+        if self.owner is REMOTE:
             return Verdict("pass")
         blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
         for suspect in sender.suspects():
@@ -460,8 +449,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
             if refused:
                 return refused
         if sender.account is None:
-            return unidentified(sender.why)
-        if unidentified_action != "accept" and may_be_listed(sender.account, blocked):
+            return unidentified(sender.lookup)
+        if unidentified_action != "accept" and is_unsaid(sender.account, blocked):
             return unidentified("error")
         return self.limits.verdict(sender.account, self.recipients) or passed()
 
@@ -470,7 +459,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if self.forgery():
             return Verdict("reject", "forged", self.forgery())
         refused = None
-        if self.owner and self.owner.uid is not None:
+        if self.owner.uid is not None:
             suspect = self.account or Account(self.owner.uid, self.owner.uid)
             allowed = self.allowed.entries if self.allowed else None
             refused = refusal_of(suspect, self.blocked.entries, allowed)
@@ -491,18 +480,18 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.quarantine(verdict.text)
         for index in range(len(self.forged), 0, -1):
             self.chgheader(self.forged[index - 1], index, "")
-        if self.owner and header_fields:
+        if self.owner is not REMOTE and header_fields:
             words = key_values(sender.values(header_fields))
             self.addheader(header_name, fold(words, len(header_name) + 2))
 
     def write_log(self, verdict: Verdict, sender: Sender) -> None:
         """Write the message's one line."""
         pairs: list[tuple[str, Any]] = [("client", self.client)]
-        pairs += sender.values(log_fields) if self.owner else []
+        pairs += sender.values(log_fields) if self.owner is not REMOTE else []
         pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients)]
         pairs += [("action", verdict.action)]
         pairs += [("reason", verdict.reason)] if verdict.reason else []
-        pairs += [("lookup", sender.why)] if sender.why else []
+        pairs += [("lookup", sender.lookup)] if sender.lookup else []
         for key, account in ("maybe", sender.maybe), ("holder", sender.holder):
             pairs += [(key, account.name or account.uid)] if account else []
         say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
@@ -548,25 +537,22 @@ class ClientSocket(NamedTuple):
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
 
 
-class Account(NamedTuple):
-    """A user as the directory service (NSS) knows it."""
-
-    kernel_uid: int  # as the kernel gave it
-    uid: int  # of the account; for a delegated uid that of the user it was delegated to
-    name: Optional[str] = None  # None: no such user, or not known yet
-    gids: frozenset[int] = frozenset()
-    answered: bool = False  # whether NSS has said so
-    why: str = ""  # one word, where this may be the wrong account
+REMOTE = ClientSocket(None, "remote")  # what the client of another host has, or no client at all
 
 
-Facts = dict[str, Any]  # of one process: FIELDS, and "holder", a uid; or "why" they are unknown
+def unknown(why: str) -> ClientSocket:
+    """Stand for a socket of this host whose owner is not known; why: one word."""
+    return ClientSocket(None, why)
+
+
+Facts = dict[str, Any]  # of one process: FIELDS, and "holder_uid"; or "why" they are unknown
 
 
 class Sender(NamedTuple):
     """Who sent a message, and with what."""
 
     account: Optional[Account]  # None: not known
-    why: str  # one word, where something is not known
+    lookup: str  # one word, why something is not known, or ""
     facts: Facts = {}
     maybe: Optional[Account] = None  # who was seen, and could not be confirmed
     holder: Optional[Account] = None  # who has the socket, if that is somebody else
@@ -1021,90 +1007,132 @@ def why_not_root(port: int, facts: Facts) -> str:
 
 
 # --------------------------------------------------------- policy: who that is, and what he may do
-class Waits(NamedTuple):
-    """Seconds to wait for an answer."""
+FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
+REFRESH_SECONDS = 60  # to believe what NSS said
+MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
+NO_GID = (1 << 32) - 1  # which no group has, chown(2)
+NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
 
-    new: float  # where there is none yet
-    changed: float  # where there is one, to an older state of things
-    old: float  # where there is one that is a minute old; for whoever asks first
+
+class Account(NamedTuple):
+    """A user as the directory service (NSS) knows it."""
+
+    kernel_uid: int  # as the kernel gave it
+    uid: int  # of the account; for a delegated uid that of the user it was delegated to
+    name: Optional[str] = None  # None: no such user, or not known yet
+    gids: frozenset[int] = frozenset()
+    answered: bool = False  # whether NSS has said so, now or before
+    stale: bool = False  # whether NSS was asked again, and has not answered yet
+    local: bool = False  # whether /etc/passwd has the name
+    doubt: str = ""  # one word, where this may be the wrong account
 
 
-SENDER_WAITS = Waits(FIRST_SECONDS, AGAIN_SECONDS, AGAIN_SECONDS)
-LIST_WAITS = Waits(FIRST_SECONDS, FIRST_SECONDS, 0.0)
+class Answer(NamedTuple):
+    """What NSS said."""
+
+    value: Any
+    asked_at: float  # on the monotonic clock
+    state: Any  # of what it depends on, as it was then
 
 
 class Directory:
-    """What the directory service (NSS) says, remembered. One thread asks it.
+    """What the directory service (NSS) says, remembered.
 
-    Known things are answered from memory, and asked about anew behind the answer, once a minute and
-    when a file of accounts changes. For something new the session that asks waits, and no other.
+    Each question has a thread of its own, since NSS may hang. Whoever needs the answer waits 0.3 s
+    if there is an older one, else 3 s, counted from when the question was put: so one that hangs is
+    waited for once, and stands before no other.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.answers: dict[Any, tuple[Any, float, Any]] = {}  # with their time, and the state then
-        self.asked: dict[Any, threading.Event] = {}
-        self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self.lock, self.ending = threading.Lock(), False
+        self.answers: dict[Any, dict[Any, Answer]] = collections.defaultdict(dict)  # by function and key
+        self.asked: dict[Any, tuple[float, threading.Event]] = {}  # what is not answered yet
 
     def account(self, uid: int) -> Account:
         """Say who has a uid."""
-        found, current = self.ask(look_up_account, uid, state_of_files(), SENDER_WAITS)
+        found, current = self.ask(look_up_account, uid, state_of_files())
         account: Account = found or Account(uid, uid)
         if current:
             return account
-        # NSS is silent: by his uid, his groups of before and /etc/subuid's name he can be blocked.
-        return said_by_subuid(account._replace(name=None, answered=False))
-
-    def ask(self, function: Callable[..., Any], key: Any, state: Any, waits: Waits) -> tuple[Any, bool]:
-        """Give NSS's answer (None: none yet), and whether it is one to the state as it is.
-
-        function is called with the key, with its last answer, and whether the state is another since.
-        """
-        question, now = (function, key), time.monotonic()
-        answer, answered_at, state_then = self.answers.get(question, (None, now, None))
-        fresh = state == state_then
-        if fresh and now - answered_at < REFRESH_SECONDS:
-            return answer, True
-        wait = waits.old if fresh else waits.new if answer is None else waits.changed
-        self._wait(question, state, wait, fresh)
-        answer, _, latest = self.answers.get(question, (None, now, state_then))
-        if latest not in (state, state_then):  # another had asked before the state changed
-            return self.ask(function, key, state, waits)
-        return answer, latest == state
-
-    def _wait(self, question: Any, state: Any, wait: float, fresh: bool) -> None:
-        with self.lock:
-            is_first = question not in self.asked
-            if is_first:
-                self.asked[question] = threading.Event()
-                self.questions.put((question, state))
-            event = self.asked[question]
-        in_time = event.wait(wait if is_first or not fresh else 0.0)
-        if not in_time and not fresh and question[0] is look_up_account:
+        if found is None:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
-            with self.lock:  # nobody waits: a flood of uids that are new holds up no others
-                self.asked.pop(question, None)
+            return said_by_subuid(account)
+        # What NSS said before still holds, but for a name that /etc/passwd had and has no more.
+        gone = account.local and account.name not in local_file("/etc/passwd")[1].get(account.uid, {})
+        return account._replace(name=None if gone else account.name, stale=True)
 
-    def _work(self) -> None:
-        while True:
-            question, state = self.questions.get()
-            event = self.asked.get(question)
-            if event:  # else nobody waits any more
-                self._answer(question, state)
-                event.set()
-                with self.lock:
-                    self.asked.pop(question, event).set()  # whoever asked meanwhile
+    def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
+        """Give NSS's answer (None: none yet), and whether it is one to this state, and not a minute old.
 
-    def _answer(self, question: Any, state: Any) -> None:
-        function, key = question
-        last, _, state_then = self.answers.get(question, (None, 0.0, state))
+        function is called with the key and the last answer.
+        """
+        answers = self.answers[function]
+        answer = answers.get(key)
+        patience = AGAIN_SECONDS if answer else FIRST_SECONDS
+        until = time.monotonic() + patience
+        for _ in range(2):  # the first question may have been put before the state changed
+            if is_current(answer, state):
+                break
+            asked_at, answered = self.begin(function, key, state)
+            if not answered.wait(max(0.0, min(until, asked_at + patience) - time.monotonic())):
+                break
+            answer = answers.get(key)
+        return answer.value if answer else None, is_current(answer, state)
+
+    def begin(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[float, threading.Event]:
+        """Put a question that is not put yet; give when that was, and the event of its answer."""
+        with self.lock:
+            asked = self.asked.get((function, key))
+            if asked:
+                return asked
+            asked = time.monotonic(), threading.Event()
+            if self.ending or len(self.asked) >= MOST_QUESTIONS:
+                return float("-inf"), asked[1]  # nobody waits for it
+            try:
+                threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
+                self.asked[function, key] = asked
+            except RuntimeError as error:  # the system has no more threads
+                complain("the directory service (NSS) could not be asked", str(error))
+            return asked
+
+    def _look_up(self, function: Any, key: Any, state: Any, asked_at: float, answered: threading.Event) -> None:
+        last = self.answers[function].get(key)
         try:
-            answer = function(key, last, state != state_then)
+            answer = Answer(function(key, last.value if last else None), asked_at, state)
         except Exception as error:
             complain("the directory service (NSS) could not be asked", str(error))
-            return
-        remember(self.answers, question, (answer, time.monotonic(), state))
+            answer = None
+        with self.lock:
+            if answer:
+                remember(self.answers[function], key, answer)
+            del self.asked[function, key]
+        answered.set()
+
+    def end(self) -> None:
+        """Let nobody wait any more, as the milter is told to end."""
+        with self.lock:
+            self.ending = True
+            for _, answered in self.asked.values():
+                answered.set()
+
+
+def is_current(answer: Optional[Answer], state: Any) -> bool:
+    """Tell whether an answer is one to a state, and not a minute old."""
+    return answer is not None and answer.state == state and time.monotonic() - answer.asked_at < REFRESH_SECONDS
+
+
+LACKING: set[str] = set()  # what NSS had, and lacks now although no file of accounts says so
+
+
+def note_lack(what: str, lacks: bool) -> None:
+    """Note whether NSS lacks something; log when it begins to, and when it lacks nothing any more."""
+    before = bool(LACKING)
+    (LACKING.add if lacks else LACKING.discard)(what)
+    if LACKING and not before:
+        say(WARNING, f"the directory service (NSS) lacks what it had ({quote(what)}): whoever was in a group stays "
+                     "in it, and nobody is refused for good for being in none")
+    elif before and not LACKING:
+        say(WARNING, "the directory service (NSS) has again what it had")
 
 
 def state_of_files() -> tuple[Any, ...]:
@@ -1121,44 +1149,95 @@ def state_of(path: str) -> Any:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def look_up_account(uid: int, last: Optional[Account], changed: bool) -> Account:
+def local_file(path: str) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+    """Give what /etc/passwd or /etc/group has: numbers by name; by number the names, with a user's gid."""
+    return read_local_file(path, state_of(path))
+
+
+@functools.lru_cache(maxsize=2)
+def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+    """Read such a file, once for each state that it has; it never hangs or fails as a directory does."""
+    numbers, names, text = {}, {}, b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        text = file.read()
+    # A user's line: name, password, uid, gid. A group's: name, password, gid, members.
+    for line in re.findall(rb"^([^:\n]+):[^:\n]*:(\d{1,10}):(\d{0,10})", text, re.MULTILINE):
+        name, number = os.fsdecode(line[0]), int(line[1])
+        numbers.setdefault(name, number)
+        names.setdefault(number, {})[name] = int(line[2] or 0)
+    return numbers, names
+
+
+def look_up_account(uid: int, last: Optional[Account]) -> Account:
     """Ask NSS for the account with a uid, or the one it is delegated to, and for its groups.
 
-    last: what was answered before; changed: whether a file has changed since. Raises OSError,
-    ValueError.
+    last: what was answered before. Raises OSError, ValueError.
     """
-    account, delegates = account_of(uid, uid), delegated_to(uid)
-    if delegates and (account.name or len(delegates) > 1):
-        return account._replace(why="error")
+    account, delegates = account_of(uid, uid, last), delegated_to(uid)
+    if account.name:  # a range that is the user's own, or root's, takes nothing away from the account
+        own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
+        return account._replace(doubt="error" if set(delegates) - own else "")
+    if len(delegates) > 1:
+        return account._replace(doubt="error")
     if delegates:
-        account = account_of_delegate(account, delegates[0])
-    if last and last.name and (account.name is None or account.why):
-        # NSS is down, or a file shows that the account is gone: neither unblocks its groups.
-        return account._replace(gids=last.gids) if changed else last
-    return account
+        delegate = int(delegates[0]) if delegates[0].isdigit() else uid_of(delegates[0])
+        account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
+    if last is None or last.name is None or (account.name and not account.doubt):
+        return account
+    if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
+        return account._replace(gids=last.gids)
+    return last if not delegates or last.name in delegates else account  # a directory may be down
 
 
-def account_of_delegate(account: Account, delegate: str) -> Account:
-    """Ask NSS for the account, by name or number, that a uid without an account is delegated to."""
-    if delegate.isdigit():
-        return account_of(account.kernel_uid, int(delegate))
-    entry = account_by_name(delegate)
-    if entry is None:
-        return said_by_subuid(account._replace(answered=False))
-    return account_of(account.kernel_uid, entry.pw_uid)
-
-
-def account_of(kernel_uid: int, uid: int) -> Account:
+def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
     """Ask NSS for the account of a uid and its groups; without a name if there is none."""
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
         return Account(kernel_uid, uid, answered=True)
-    gids = set(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    with contextlib.suppress(OSError), open("/etc/passwd", "rb") as file:  # a uid can have two names
-        for name, gid in re.findall(rb"^([^:\n]+):[^:\n]*:%d:(\d+):" % uid, file.read(), re.MULTILINE):
-            gids.update(os.getgrouplist(os.fsdecode(name), int(gid)))
-    return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True)
+    local_names = local_file("/etc/passwd")[1].get(uid, {})  # a uid can have two
+    names = {**local_names, entry.pw_name: entry.pw_gid}
+    said = {gid for name in names for gid in groups_of(name)}
+    gids = said | set(names.values())
+    lost = last.gids - gids if last and last.uid == uid else frozenset()
+    whole = not said <= local_file("/etc/group")[1].keys()  # it gave groups of a directory
+    gids |= {gid for gid in lost if may_still_have(entry.pw_name, gid, whole)}
+    return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True, local=entry.pw_name in local_names)
+
+
+def groups_of(name: str) -> set[int]:
+    """Ask NSS for a user's groups, but for the one in his account (getgrouplist(3)).
+
+    os.getgrouplist does the same, but keeps the interpreter's lock meanwhile.
+    """
+    size = 64
+    while True:
+        gids, count = (ctypes.c_uint32 * size)(), ctypes.c_int(size)
+        if NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count)) >= 0:
+            return set(gids[:count.value]) - {NO_GID}
+        size = max(2 * size, count.value)
+
+
+def may_still_have(name: str, gid: int, whole: bool) -> bool:
+    """Tell whether a user may still have a group that he had, and that NSS gives him no more.
+
+    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So a group stays
+    if it cannot be found either, if it names the user, or if it names nobody, as some directories'
+    groups do, and no other group came from a directory (whole).
+    """
+    try:
+        group = grp.getgrgid(gid)
+    except KeyError:
+        return True
+    stays = name in group.gr_mem or not (group.gr_mem or whole)
+    note_lack(f"groups of {name}", stays)
+    return stays
+
+
+def uid_of(name: Any) -> Optional[int]:
+    """Ask NSS for the uid of a name; None if nobody has it."""
+    account = account_by_name(name)
+    return account.pw_uid if account else None
 
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
@@ -1167,27 +1246,6 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
         return pwd.getpwnam(name)
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
-    """Ask NSS for the uid of a name, or the gid of "@group"."""
-    return look_up_group(entry[1:], last) if entry.startswith("@") else look_up_name(entry, last)
-
-
-def look_up_name(name: str, last: Optional[int]) -> Optional[int]:
-    """Ask NSS for the uid of a name; the last one, if a directory may be down."""
-    entry = account_by_name(name)
-    if entry or last is None:
-        return entry.pw_uid if entry else None
-    return last if account_of(last, last).name in (None, name) else None  # or is somebody else's now
-
-
-def look_up_group(name: str, last: Optional[int]) -> Optional[int]:
-    """Ask NSS for the gid of a group; if it does not find it, the last one."""
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        return last
 
 
 def delegated_to(uid: int) -> list[str]:
@@ -1209,7 +1267,7 @@ def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
     if state:
         with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
             text = file.read()
-    lines = re.findall(r"^\s*([^:\n]*):([0-9]+):([0-9]+)\s*$", text, re.MULTILINE)
+    lines = re.findall(r"^\s*([^:\n]*):([0-9]{1,10}):([0-9]{1,10})\s*$", text, re.MULTILINE)
     ranges = [(int(first), int(count), name) for name, first, count in lines]
     return min([first for first, _, _ in ranges], default=0), ranges
 
@@ -1219,7 +1277,7 @@ def said_by_subuid(account: Account) -> Account:
     with contextlib.suppress(OSError, ValueError):
         delegates = delegated_to(account.kernel_uid)
         if delegates:
-            return account._replace(name=delegates[0] if len(delegates) == 1 else None, why="error")
+            return account._replace(name=delegates[0] if len(delegates) == 1 else None, doubt="error")
     return account
 
 
@@ -1240,47 +1298,39 @@ class UserList:
         self.directory, self.setting, self.path, self.trusted_uid = directory, setting, path, trusted_uid
         self.fixed = [unquoted(entry) for entry in entries]
         self.listed, self.entries = self.fixed, Entries()
-        self.lock, self.state, self.problem = threading.Lock(), None, ""
+        self.lock, self.file_state, self.problem = threading.Lock(), None, ""
         self.made_of: Any = None
         self.warned: set[str] = set()
 
     def now(self) -> Entries:
-        """Give the list as it is now.
-
-        Where it or a file of accounts has changed, this waits for the names, 3 s at most.
-        """
-        with self.lock:
+        """Give the list as it is now; uids and names count at once, groups when NSS has answered."""
+        with self.lock:  # under which NSS is not asked
             if self.path:
                 self._reread(self.path)
-            if not self.listed:
-                return Entries()
-            state = state_of_files(), self.listed
-            numbers, _ = self.directory.ask(self.look_up, None, state, LIST_WAITS)
-            if self.made_of != (self.listed, numbers):
-                self.made_of = self.listed, numbers
-                self.entries = self._make(numbers or {})
-            return self.entries
+            listed = self.listed
+        if not listed:
+            return Entries()
+        numbers, _ = self.directory.ask(self.look_up, None, (state_of_files(), listed))
+        if self.made_of != (listed, numbers):
+            self.entries = make_entries(listed, numbers or {})
+            self.made_of = listed, numbers
+        return self.entries
 
-    def _make(self, numbers: dict[str, Optional[int]]) -> Entries:
-        uids, names, gids, unresolved = set(), set(), set(), set()
-        for entry in map(str, self.listed):
-            number = int(entry) if entry.isdigit() else numbers.get(entry)
-            if number is None:
-                unresolved.add(entry)
-            else:
-                (gids if entry.startswith("@") else uids).add(number)
-            if not entry.startswith("@"):
-                names.add(entry)  # also digits: a user can be called that
-        return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
-
-    def look_up(self, _: None, last: Optional[dict[str, Optional[int]]], changed: bool) -> dict[str, Optional[int]]:
-        """Ask NSS for the uid or gid of each name that is listed; None if it has none."""
-        numbers: dict[str, Optional[int]] = {}
+    def look_up(self, key: None, last: Any) -> dict[str, Optional[int]]:
+        """Find the uid or gid of each name that is listed; None if it has none."""
+        state, numbers = state_of_files(), {}
         for entry in map(str, self.listed):
             if not entry.isdigit():
-                numbers[entry] = look_up_entry(entry, (last or {}).get(entry))
-        for entry in [entry for entry, number in numbers.items() if number is None]:
-            self.warn(entry, "is not found; it is looked for again every minute")
+                numbers[entry] = local_number(entry)
+        others = [entry for entry, number in numbers.items() if number is None]
+        for entry in others:  # all before the first is waited for
+            self.directory.begin(look_up_entry, entry, state)
+        for entry in others:
+            numbers[entry], answered = self.directory.ask(look_up_entry, entry, state)
+            if answered and numbers[entry] is None:
+                self.warn(entry, "is not found; it is looked for again every minute")
+        if last is None:
+            self.warn_of_doubles()
         return numbers
 
     def warn(self, entry: str, what: str) -> None:
@@ -1297,11 +1347,13 @@ class UserList:
                 self.warn(entry, "is a uid and also the name of a user; both are meant")
 
     def _reread(self, path: str) -> None:
-        state, listed, problem = state_of(path), self.listed, ""
-        if state and state == self.state:
+        state, problem = state_of(path), ""
+        if state and state == self.file_state:
             return
         try:
             listed = self.fixed + read_entries(path, self.trusted_uid)
+            if listed != self.listed:
+                self.listed = listed
         except (OSError, ValueError) as error:
             problem, state = str(error), state if isinstance(error, ValueError) else None
             if problem != self.problem:
@@ -1309,9 +1361,43 @@ class UserList:
                 say(ERROR, f"{self.setting}_file: {state_of_list}: {quote(problem)}")
         # A file written in this very moment may change again without its time stamp telling.
         rested = state and abs(time.time() - state[-1] / 1e9) > 1
-        self.state, self.problem = state if rested else None, problem
-        if listed != self.listed:
-            self.listed = listed
+        self.file_state, self.problem = state if rested else None, problem
+
+
+def make_entries(listed: Iterable[Any], numbers: dict[str, Optional[int]]) -> Entries:
+    """Put a list together from its entries, and the uids and gids of those that are names."""
+    uids, names, gids, unresolved = set(), set(), set(), set()
+    for entry in map(str, listed):
+        number = int(entry) if entry.isdigit() else numbers.get(entry)
+        if number is None:
+            unresolved.add(entry)
+        else:
+            (gids if entry.startswith("@") else uids).add(number)
+        if not entry.startswith("@"):
+            names.add(entry)  # also digits: a user can be called that
+    return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
+
+
+def local_number(entry: str) -> Optional[int]:
+    """Give the uid of a name in /etc/passwd, or the gid of "@group" in /etc/group; None if it is not there."""
+    path, name = ("/etc/group", entry[1:]) if entry.startswith("@") else ("/etc/passwd", entry)
+    return local_file(path)[0].get(name)
+
+
+def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
+    """Ask NSS for the uid of a name, or the gid of "@group"; the last one, if a directory may be down."""
+    if entry.startswith("@"):
+        with contextlib.suppress(KeyError):
+            last = grp.getgrnam(entry[1:]).gr_gid
+            note_lack(entry, False)
+            return last
+        note_lack(entry, last is not None)
+        return last
+    uid = uid_of(entry)
+    if uid is None and last is not None:
+        with contextlib.suppress(KeyError):  # nobody has that uid
+            return last if pwd.getpwuid(last).pw_name == entry else None  # or it is somebody else's now
+    return last if uid is None else uid
 
 
 def is_listed(account: Account, entries: Entries) -> bool:
@@ -1320,21 +1406,21 @@ def is_listed(account: Account, entries: Entries) -> bool:
             or account.name in entries.names or not entries.gids.isdisjoint(account.gids))
 
 
-def may_be_listed(account: Account, entries: Entries) -> bool:
-    """Tell whether a list has an account, or may have it as NSS has not said who he is."""
-    if is_listed(account, entries):
-        return True
-    unsaid = bool(entries.gids or entries.unresolved or (any(entries) and not account.answered))
-    return unsaid and (account.name is None or not account.answered)
+def is_unsaid(account: Account, entries: Entries) -> bool:
+    """Tell whether a list may turn out to have an account, as NSS has not said all of it yet."""
+    if account.answered:
+        return account.name is None and bool(entries.gids or entries.unresolved)
+    return any(entries)
 
 
 def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
-    """Refuse a user whom the lists do not let send, for now if NSS has not said; None: they do."""
+    """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
     if is_listed(account, blocked):
         return refusal("blocked", account.name or account.uid)
     if allowed is None or is_listed(account, allowed):
         return None
-    if may_be_listed(account, allowed):
+    group_is_unknown = bool(LACKING) or any(entry.startswith("@") for entry in allowed.unresolved)
+    if account.stale or group_is_unknown or is_unsaid(account, allowed):
         return unidentified("error", "tempfail")
     return refusal("not-allowed", account.name or account.uid)
 
