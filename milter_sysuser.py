@@ -166,6 +166,9 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
 MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
+# Of all headers. A hundred hops (RFC 5321, 6.3) and fifty ARC sets of three (RFC 8617, 4.2.1) leave
+# as much again and more for what programs add.
+MOST_HEADERS = 1000
 RIVAL_SECONDS = 0.3  # what a session waits at most for another's queue id
 HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
@@ -221,8 +224,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     connect asks the kernel whose the client's socket is, and claims it. hello confirms that while
     the client waits for the answer (envfrom, if the client says no EHLO): a client that goes on was
-    still connected. envrcpt has the process described, which nobody waits for. eom decides, acts
-    and logs.
+    still connected. envrcpt has the process described, while he waits, too. eom decides, acts and
+    logs; header does, where there are too many.
     """
 
     # Set once, in "prepare", for all sessions.
@@ -250,6 +253,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
+        self.headers = 0
         self.forged: list[str] = []
         self.hidden = False  # whether a header of our name stands behind a bare CR
 
@@ -294,7 +298,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         except ValueError:
             server = None
         try:
-            return self.lookup.find_client_socket(client, server)
+            return self.lookup.find_client_socket(client, server) or REMOTE
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
             return unknown("error")
@@ -313,11 +317,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
         self.sender, self.recipients, self.queue_id = sender, 0, None
-        self.forged, self.hidden, self.account = [], False, None
+        self.headers, self.forged, self.hidden, self.account = 0, [], False, None
         self.try_to_confirm()
         return int(Milter.CONTINUE)
 
-    @noreply  # type: ignore[untyped-decorator]
+    # The MTA waits for the answer to a recipient and to a header. Did it not, a client could let it
+    # write half a command, or have the next one ready for as long as he likes; libmilter's thread
+    # would stay with him, and with it whoever else libmilter had given to this thread.
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
@@ -334,9 +340,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.queue_id = self.getsymval("i")
         return int(Milter.CONTINUE)
 
-    @noreply  # type: ignore[untyped-decorator]
     def header(self, name: str, value: str) -> int:
-        """Note a header that only we may write, also behind a bare CR, which some take for a line's end."""
+        """Note a header that only we may write, also behind a bare CR, which some take for a line's end.
+
+        A message with more headers than any honest one has is refused at once.
+        """
+        self.headers += 1
+        if self.headers > MOST_HEADERS:
+            return self.eom()
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
         if "\r" in value or "\r" in name:
@@ -345,15 +356,18 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def eom(self) -> int:
-        """Decide, act and log, the message being complete."""
+        """Decide, act and log, the message being complete; or refused before it is."""
         sender, verdict = Sender(None, "error"), Verdict("tempfail", "unidentified", UNIDENTIFIED)
         try:
             sender = self.identify()
             verdict = self.judge(sender)
         except Exception:
             report_exception(*sys.exc_info())
-            with contextlib.suppress(Exception):  # if that fails, too, it stays tempfail: nothing is lost
-                verdict = self.judge_by_memory()
+            # No fault of ours lets a blocked user pass. If this fails, too, it stays tempfail.
+            with contextlib.suppress(Exception):
+                uid = self.owner.uid
+                seen = self.account or (None if uid is None else Account(uid, uid))
+                verdict = self.judge(Sender(None, "error", {}, seen), by_memory=True)
         for step in (self.act, self.write_log):
             try:
                 step(verdict, sender)
@@ -418,8 +432,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return Sender(None, "" if owner is REMOTE else owner.why)
         account = self.account or self.directory.account(owner.uid)
         other = None
-        if facts.get("holder_uid", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder_uid"])
+        if facts.get("holder", owner.uid) != owner.uid:
+            holder = self.directory.account(facts["holder"])
             other = holder if holder.uid != account.uid else None
         why = self.why_not_named(account)
         if why:
@@ -437,13 +451,15 @@ class SysuserMilter(Base):  # type: ignore[misc]
             complain("the owner of a connection could not be asked for", str(error))
             return "error"
 
-    def judge(self, sender: Sender) -> Verdict:
-        """Say what becomes of the message."""
-        if self.forgery():
-            return Verdict("reject", "forged", self.forgery())
+    def judge(self, sender: Sender, by_memory: bool = False) -> Verdict:
+        """Say what becomes of the message; by_memory: by the lists as they were last, without limits."""
+        refused = self.refusal_of_headers()
+        if refused:
+            return refused
         if self.owner is REMOTE:
             return Verdict("pass")
-        blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
+        blocked = self.blocked.entries if by_memory else self.blocked.now()
+        allowed = self.allowed and (self.allowed.entries if by_memory else self.allowed.now())
         for suspect in sender.suspects():
             refused = refusal_of(suspect, blocked, allowed)
             if refused:
@@ -454,22 +470,15 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return unidentified("error")
         return self.limits.verdict(sender.account, self.recipients) or passed()
 
-    def judge_by_memory(self) -> Verdict:
-        """Say what becomes of a message where "judge" failed: no fault of ours lets a blocked user pass."""
-        if self.forgery():
-            return Verdict("reject", "forged", self.forgery())
-        refused = None
-        if self.owner.uid is not None:
-            suspect = self.account or Account(self.owner.uid, self.owner.uid)
-            allowed = self.allowed.entries if self.allowed else None
-            refused = refusal_of(suspect, self.blocked.entries, allowed)
-        return refused or unidentified("error")
-
-    def forgery(self) -> str:
-        """Say what is forged in a way that cannot be removed, or ""."""
+    def refusal_of_headers(self) -> Optional[Verdict]:
+        """Refuse headers that are too many, or forged in a way that cannot be removed; None: they are not."""
+        if self.headers > MOST_HEADERS:
+            return Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
         if len(self.forged) > MOST_FORGED:
-            return f"More than {MOST_FORGED} {header_name} headers"
-        return f"A {header_name} header behind a bare CR" if self.hidden else ""
+            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
+        if self.hidden:
+            return Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
+        return None
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""

@@ -229,6 +229,30 @@ def test_more_than_a_hundred_forged_headers_are_refused(address: str, milter: mt
             assert len(replies) == 1 and replies[0][1].startswith("550 5.7.1 "), replies
 
 
+@pytest.mark.parametrize("client, said", [("mst-alice", "user=mst-alice "), ("192.0.2.99", "action=pass")])
+def test_more_headers_than_an_honest_message_has_are_refused_at_once(client: str, said: str, milter: mta.Milter,
+                                                                     wire: mta.Wire) -> None:
+    """The log has its line, and the next message of the connection is treated like any other; a thousand are not too many."""
+    with contextlib.ExitStack() as stack:
+        if client == "192.0.2.99":
+            wire.connect(client, 1)
+        else:
+            stack.enter_context(Connection(client)).announce(wire)
+        for count, queue_id in (1000, "4ZMANY1"), (1001, "4ZMANY2"), (1000, "4ZMANY3"):
+            wire.mail(), wire.rcpt()
+            wire.macros("T", i=queue_id + client)
+            wire.data()
+            replies = [wire.header("Received" if n % 2 else NAME if n == 500 else "X", "x")[0] for n in range(count)]
+            assert replies[:1000] == [("continue",)] * 1000
+            if count > 1000:
+                assert replies[1000:] == [("replycode", "550 5.7.1 More than 1000 headers")]
+                wire.abort()
+            else:
+                assert wire.eom(queue_id + client)[0] == ("chgheader", 1, NAME, "")
+            (line,) = milter.wait_lines(queue_id + client)
+            assert line.endswith("rcpts=1 action=reject reason=headers") if count > 1000 else said in line
+
+
 # --- bytes that are not UTF-8 ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where", ["helo", "sender", "parameter", "recipient", "header name", "header value", "forged",
@@ -270,7 +294,7 @@ def test_nothing_costs_a_round_trip_but_what_a_client_must_not_get_ahead_of(wire
     unwanted = {command for command, (bit, _) in mta.STEPS.items() if wire.protocol & bit}
     silent = {command for command, (_, bit) in mta.STEPS.items() if wire.protocol & bit}
     assert {"N", "B", "U"} <= unwanted
-    assert set(mta.STEPS) - unwanted - silent == {"C", "H", "M", "E"}
+    assert set(mta.STEPS) - unwanted - silent == {"C", "H", "M", "R", "L", "E"}
     assert wire.symlist == {0: "{daemon_addr} {daemon_port}"}
     assert wire.actions & 0x131 == 0x131  # add and change headers, quarantine, choose macros
 
