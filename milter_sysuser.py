@@ -214,8 +214,10 @@ LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
 SET_STACK_LIMITS = getattr(ctypes.pythonapi, "PyUnstable_ThreadState_SetStackProtection", None)
 ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
-ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:#*"]
-                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:#*"]|[ ])*(?<![ ])""", re.VERBOSE)
+ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
+                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
+# A line of the file: an entry in quotes or not, then a comment; "#" between two letters begins none.
+LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
 
 
 # ------------------------------------------------------------------------------------- the milter
@@ -1209,8 +1211,7 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
     said = {gid for name in names for gid in groups_of(name)}
     gids = said | set(names.values())
     lost = last.gids - gids if last and last.uid == uid else frozenset()
-    whole = not said <= local_file("/etc/group")[1].keys()  # it gave groups of a directory
-    gids |= {gid for gid in lost if may_still_have(entry.pw_name, gid, whole)}
+    gids |= kept_groups(entry.pw_name, lost, not said <= local_file("/etc/group")[1].keys())
     return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True, local=entry.pw_name in local_names)
 
 
@@ -1227,20 +1228,23 @@ def groups_of(name: str) -> set[int]:
         size = max(2 * size, count.value)
 
 
-def may_still_have(name: str, gid: int, whole: bool) -> bool:
-    """Tell whether a user may still have a group that he had, and that NSS gives him no more.
+def kept_groups(name: str, lost: Iterable[int], whole: bool) -> set[int]:
+    """Give which groups a user keeps of those that he had and NSS gives him no more.
 
-    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So a group stays
-    if it cannot be found either, if it names the user, or if it names nobody, as some directories'
-    groups do, and no other group came from a directory (whole).
+    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps one
+    that cannot be found either, and one that names him, or names nobody, as the groups of some
+    directories do, unless a directory gave other groups of his (whole).
     """
-    try:
-        group = grp.getgrgid(gid)
-    except KeyError:
-        return True
-    stays = name in group.gr_mem or not (group.gr_mem or whole)
-    note_lack(f"groups of {name}", stays)
-    return stays
+    unknown, doubtful = set(), set()
+    for gid in lost:
+        try:
+            members = grp.getgrgid(gid).gr_mem
+            if name in members or not (members or whole):
+                doubtful.add(gid)
+        except KeyError:
+            unknown.add(gid)
+    note_lack(f"groups of {name}", bool(doubtful))
+    return unknown | doubtful
 
 
 def uid_of(name: Any) -> Optional[int]:
@@ -1462,7 +1466,8 @@ def read_entries(path: str, trusted_uid: int) -> list[Any]:
     """Read a file of users, which root or that uid must own; OSError, ValueError."""
     entries = []
     for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
-        entry = unquoted(re.sub(r'^(\s*@?"[^"]*")?([^#]*).*$', r"\1\2", line).strip())
+        parts = LINE.fullmatch(line)
+        entry = unquoted((parts[1] if parts else line).strip())
         for problem in entry_problems([entry] if entry else []):
             raise ValueError(f"{path}, line {number}: {problem}")
         entries += [entry] if entry else []

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import types
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 import pytest
 
@@ -142,10 +142,30 @@ def blocked_file(listed: mta.Milter) -> Iterator[pathlib.Path]:
     restore()
 
 
+@pytest.mark.parametrize("line, entry", [
+    ("adm#1", "adm#1"), ('"adm#1"', "adm#1"), ("adm#1 # a comment", "adm#1"), ('"a #b" #c', "a #b"), ('"#x"', "#x"),
+    ("@adm#1", "@adm#1"), ("#adm", None), ("adm ##", "adm"), ("a##b", "a##b"), ("adm#", "adm")])
+def test_a_hash_between_two_letters_is_the_names(line: str, entry: Optional[str], tmp_path: pathlib.Path) -> None:
+    """Whoever is called adm is not blocked for whoever is called adm#1; quotes are as the log writes them."""
+    path = tmp_path / "blocked"
+    path.write_text(line + "\n")
+    assert ms.read_entries(str(path), os.getuid()) == ([entry] if entry else [])
+
+
+@pytest.mark.parametrize("line", ['"adm"1', '"adm" 1', 'adm"', '"adm', 'a"d"m', "9" * 5000])
+def test_what_is_no_entry_of_a_list_is_said_with_its_line(line: str, tmp_path: pathlib.Path) -> None:
+    """It is not taken for another one."""
+    path = tmp_path / "blocked"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"blocked, line 1: .* is not a user name, a numeric uid or \"@group\""):
+        ms.read_entries(str(path), os.getuid())
+
+
 @pytest.mark.parametrize("line, who", [
     ("{alice.pw_name}", "alice"), ("{alice.pw_uid}", "alice"), ("@{alice.pw_name}", "alice"), ("@" + GROUP, "bob"),
     ("  {alice.pw_name}\t# hacked, ticket 4711", "alice"), ("{alice.pw_name}\r", "alice"),
-    ("{alice.pw_name}# no blank", "alice")])
+    ("{alice.pw_name}# no blank", "alice"), ("{alice.pw_name}#", "alice"), ('"{alice.pw_name}" # quoted', "alice"),
+    ('"{alice.pw_name}"#no blank', "alice"), ('@"' + GROUP + '"\t#', "bob")])
 def test_the_file_holds_names_uids_groups_and_comments(line: str, who: str, listed: mta.Milter,
                                                        blocked_file: pathlib.Path,
                                                        users: types.SimpleNamespace) -> None:
@@ -357,7 +377,8 @@ def test_changes_while_the_directory_hangs_are_not_undone_when_it_answers(root: 
     """However many there are: what counts is the last one."""
     path, go = tmp_path / "blocked", threading.Event()
     path.write_text("mst-0\n")
-    monkeypatch.setattr(ms, "LIST_WAITS", ms.Waits(0.01, 0.01, 0.0))
+    monkeypatch.setattr(ms, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(ms, "AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(ms.pwd, "getpwnam", lambda name, real=pwd.getpwnam: go.wait(30) and real(name))
     directory = ms.Directory()
     block_list = ms.UserList(directory, "blocked_mailusers", [], str(path))
@@ -539,10 +560,10 @@ def test_whoever_may_turn_out_to_be_allowed_is_refused_for_now_only(name: Any, u
     milter.owner = ms.ClientSocket(700000007, "", 1)
     milter.blocked = types.SimpleNamespace(now=ms.Entries)
     milter.allowed = types.SimpleNamespace(now=lambda: ms.Entries(gids=frozenset([42500])))
-    account = ms.Account(700000007, 700000007, name, why="error" if name else "")
+    account = ms.Account(700000007, 700000007, name, doubt="error" if name else "")
     verdict = milter.judge(ms.Sender(None, "error", {}, account) if name else ms.Sender(account, ""))
     assert (verdict.action, verdict.reason) == ("tempfail", "unidentified")
-    said = account._replace(name="mst-eve", answered=True, why="")
+    said = account._replace(name="mst-eve", answered=True, doubt="")
     assert milter.judge(ms.Sender(said, "")).reason == "not-allowed"
     milter.limits = ms.Limits({})
     assert milter.judge(ms.Sender(said._replace(gids=frozenset([42500])), "")).action == "tag"
@@ -808,17 +829,20 @@ SLOW = r'''
 #include <string.h>
 #include <unistd.h>
 
-/* Note the question in $NSS_SLOW/log, and wait up to 10 s while there is a file $NSS_SLOW/slow. */
+/* Note the question in $NSS_SLOW/log; wait up to 30 s while there is a file $NSS_SLOW/slow or slow-WHAT; fail if there
+   is one named fail-WHAT. */
 static enum nss_status slow(const char *what, const char *name) {
-    char path[4096];
+    char path[4096], own[4096];
     snprintf(path, sizeof path, "%s/log", getenv("NSS_SLOW"));
     FILE *log = fopen(path, "a");
     if (log) { fprintf(log, "begin %s %s\n", what, name); fclose(log); }
     snprintf(path, sizeof path, "%s/slow", getenv("NSS_SLOW"));
-    for (int i = 0; i < 1000 && access(path, F_OK) == 0; i++) usleep(10000);
+    snprintf(own, sizeof own, "%s/slow-%s", getenv("NSS_SLOW"), what);
+    for (int i = 0; i < 3000 && (access(path, F_OK) == 0 || access(own, F_OK) == 0); i++) usleep(10000);
     snprintf(path, sizeof path, "%s/log", getenv("NSS_SLOW"));
     if ((log = fopen(path, "a"))) { fprintf(log, "end %s %s\n", what, name); fclose(log); }
-    return NSS_STATUS_NOTFOUND;
+    snprintf(own, sizeof own, "%s/fail-%s", getenv("NSS_SLOW"), what);
+    return access(own, F_OK) == 0 ? NSS_STATUS_UNAVAIL : NSS_STATUS_NOTFOUND;
 }
 enum nss_status _nss_slow_getpwnam_r(const char *name, struct passwd *p, char *b, size_t n, int *e) {
     return slow("name", name);
@@ -836,7 +860,7 @@ enum nss_status _nss_slow_initgroups_dyn(const char *name, gid_t first, long *us
                                          long limit, int *e) {
     char path[4096], member[100];
     unsigned gid;
-    slow("groups", name);
+    if (slow("groups", name) == NSS_STATUS_UNAVAIL) return NSS_STATUS_UNAVAIL;
     snprintf(path, sizeof path, "%s/nested", getenv("NSS_SLOW"));
     FILE *nested = fopen(path, "r");
     if (!nested) return NSS_STATUS_NOTFOUND;
@@ -886,13 +910,24 @@ class Directory:
             (self.path / "users" / name).unlink()
 
     @contextlib.contextmanager
-    def slow(self) -> Iterator[None]:
-        """Let every question take 10 s, or until the end of this block."""
-        self.slow_file.touch()
+    def slow(self, what: str = "") -> Iterator[None]:
+        """Let every question, or one function's, take 30 s, or until the end of this block."""
+        path = self.path / f"slow-{what}" if what else self.slow_file
+        path.touch()
         try:
             yield
         finally:
-            self.slow_file.unlink()
+            path.unlink()
+
+    @contextlib.contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Let one function fail until the end of this block (UNAVAIL)."""
+        path = self.path / f"fail-{what}"
+        path.touch()
+        try:
+            yield
+        finally:
+            path.unlink()
 
     def asked(self, what: str) -> int:
         """Count how often something was asked for ("begin uid 42401", "end uid 42401")."""
@@ -1139,6 +1174,151 @@ def test_digits_that_are_a_users_name_block_user_and_uid_and_say_so(directory: D
     (line,) = milter.lines("is a uid and also")
     assert f"WARNING {milter.path}: 1234567 is a uid and also the name of a user; both are meant" in line
     assert milter.log().index(line) < milter.log().index("listening on")
+
+
+def pass_message(session: Session) -> None:
+    """Send a message through a milter that may end meanwhile."""
+    with contextlib.suppress(OSError, EOFError, AssertionError), session:
+        session.send()
+
+
+FUNCTIONS = "uid", "name", "group", "groups"  # getpwuid, getpwnam, getgrnam, initgroups
+
+
+@pytest.mark.parametrize("what", FUNCTIONS)
+def test_one_function_that_hangs_holds_up_only_who_is_new(what: str, directory: Directory, served: Callable,
+                                                          users: types.SimpleNamespace) -> None:
+    """Ten of someone known pass meanwhile, also where all is asked anew and a file of accounts has changed."""
+    milter = served("mst-mallory", "mst-ghost", "@mst-fired", refresh=0.2)
+    assert send(milter, users.alice.pw_uid).startswith("user=mst-alice ")
+    assert send(milter, PEOPLE["mst-trent"]) == refused("mst-trent")
+    with directory.slow(what):
+        new = threading.Thread(target=pass_message, args=(Session(milter, PEOPLE["mst-eve"]),))
+        new.start()
+        mta.wait_for(lambda: directory.asked(f"begin {what} mst-eve") or directory.asked(f"begin uid {PEOPLE['mst-eve']}"),
+                     what="the question")
+        os.utime("/etc/passwd")
+        waits: list[float] = []
+        headers: list[str] = []
+
+        def one(session: Session) -> None:
+            began = time.monotonic()
+            headers.append(session.send())
+            waits.append(time.monotonic() - began)
+        with contextlib.ExitStack() as stack:
+            sessions = [stack.enter_context(Session(milter, users.alice.pw_uid)) for _ in range(10)]
+            crowd = [threading.Thread(target=one, args=(session,)) for session in sessions]
+            for thread in crowd:
+                thread.start()
+            for thread in crowd:
+                thread.join()
+        assert send(milter, PEOPLE["mst-trent"]) == refused("mst-trent")
+        new.join()
+    assert len(headers) == 10 and all(header.startswith("user=mst-alice ") for header in headers)
+    assert max(waits) < 2, waits  # 0.3 s in themselves; the module would have kept them 30 s
+    assert not [line for line in milter.lines("user=mst-trent ") if "action=tag" in line]
+
+
+@pytest.mark.parametrize("what", FUNCTIONS)
+def test_the_milter_ends_while_a_function_hangs(what: str, directory: Directory, served: Callable) -> None:
+    """Told to, within two seconds, in the middle of a question."""
+    milter = served("mst-mallory", "@mst-fired", refresh=0.2)
+    with directory.slow(what):
+        new = threading.Thread(target=pass_message, args=(Session(milter, PEOPLE["mst-eve"]),))
+        new.start()
+        mta.wait_for(lambda: directory.asked(f"begin {what} mst-eve") or directory.asked(f"begin uid {PEOPLE['mst-eve']}"),
+                     what="the question")
+        began = time.monotonic()
+        milter.process.terminate()
+        assert milter.process.wait(10) == 0
+        assert time.monotonic() - began < 2
+        new.join()
+
+
+def test_one_that_hangs_stands_before_no_other(directory: Directory, served: Callable) -> None:
+    """A name and a group that are listed behind one that hangs are found."""
+    milter = served("mst-mallory", refresh=0.2)
+    (directory.path / "nested").write_text("mst-eve 42501\n")
+    with directory.slow("name"):
+        with milter.path.open("a") as file:
+            file.write("mst-ghost\nmst-trent\n@mst-nested\n")
+        assert send(milter, PEOPLE["mst-trent"]) == refused("mst-trent")
+        assert send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory")
+        mta.wait_for(lambda: send(milter, PEOPLE["mst-eve"]) == refused("mst-eve"), what="the group behind it")
+
+
+@pytest.mark.parametrize("how", ["fail-groups", "no-group"])
+def test_a_directory_that_gives_fewer_groups_unblocks_nobody(how: str, directory: Directory, served: Callable) -> None:
+    """Whether the user's groups fail alone or his group is not found: he stays in it; one warning at each change."""
+    nested = directory.path / "nested"
+    nested.write_text("mst-eve 42501\nmst-trent 42501\n")
+    milter = served("@mst-nested", refresh=0.2)
+    assert send(milter, PEOPLE["mst-eve"]) == refused("mst-eve")
+    with contextlib.ExitStack() as stack:
+        if how == "fail-groups":
+            stack.enter_context(directory.failing("groups"))
+        else:
+            nested.unlink()
+            replace(directory.path / "users/group", "mst-other:x:42999:\n")
+        asked = directory.asked("end groups mst-eve")
+
+        def refuses() -> bool:
+            assert send(milter, PEOPLE["mst-eve"]) == refused("mst-eve")
+            return directory.asked("end groups mst-eve") >= asked + 4
+        mta.wait_for(refuses, what="the groups to be asked for anew")
+        (line,) = milter.wait_lines("WARNING the directory service (NSS) lacks what it had")
+    nested.write_text("mst-eve 42501\nmst-trent 42501\n")
+    directory.up()
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-eve"]) == refused("mst-eve") and milter.lines("has again what it had"),
+                 what="the second warning")
+
+
+def test_a_directory_that_gives_fewer_groups_refuses_nobody_for_good(directory: Directory, served: Callable) -> None:
+    """Who was in an allowed group is let through; who was not seen before is refused for now."""
+    nested = directory.path / "nested"
+    nested.write_text("mst-eve 42501\nmst-trent 42501\n")
+    milter = served(allowed_mailusers=["@mst-nested"], refresh=0.2)
+    assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
+    assert send(milter, PEOPLE["mst-mallory"]) == refused("mst-mallory")
+    nested.unlink()
+    replace(directory.path / "users/group", "mst-other:x:42999:\n")
+    mta.wait_for(lambda: milter.lines("lacks what it had") or not send(milter, PEOPLE["mst-eve"]), what="the warning")
+    assert send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve ")
+    for name in "mst-trent", "mst-mallory":
+        assert send(milter, PEOPLE[name]) == f"450 4.7.1 {ms.UNIDENTIFIED}"
+
+
+def test_who_leaves_a_group_that_lists_nobody_is_free(directory: Directory, served: Callable) -> None:
+    """If the directory gives other groups of his still, it is not down."""
+    nested = directory.path / "nested"
+    nested.write_text("mst-eve 42501\nmst-eve 42502\n")
+    milter = served("@mst-nested", refresh=0.2)
+    assert send(milter, PEOPLE["mst-eve"]) == refused("mst-eve")
+    nested.write_text("mst-eve 42502\n")
+    mta.wait_for(lambda: send(milter, PEOPLE["mst-eve"]).startswith("user=mst-eve "), what="his freedom")
+
+
+@pytest.mark.parametrize("lines, name", [
+    ("{name}:{uid}:1\n", True), ("{uid}:{uid}:1\n", True), ("root:{uid}:1\n", True), ("root:{uid}:1\n{name}:{uid}:1\n", True),
+    ("9" * 5000 + ":1:1\nmst-bob:" + "9" * 5000 + ":1\nmst-bob:1:" + "9" * 5000 + "\n", True),
+    ("mst-bob:{uid}:1\n", False), ("root:{uid}:1\nmst-bob:{uid}:1\n", False)])
+def test_a_range_of_the_users_own_takes_nothing_away(lines: str, name: bool, make_milter: Callable, subuid: pathlib.Path,
+                                                     users: types.SimpleNamespace) -> None:
+    """As podman and lxd advise; root can take any uid anyway. One of somebody else's makes it unknown."""
+    subuid.write_text(lines.format(name="mst-alice", uid=users.alice.pw_uid))
+    with make_milter() as milter:
+        assert send(milter, users.alice.pw_uid).startswith("user=mst-alice " if name else "user=? ")
+
+
+def test_etc_passwd_is_read_once_for_each_state(tmp_path: pathlib.Path) -> None:
+    """However many lines it has, and however many uids are asked for."""
+    path = tmp_path / "passwd"
+    path.write_text("".join(f"user{n}:x:{n}:{n}::/:/bin/sh\n" for n in range(10000)) + "again:x:5:6::/:\n" + "bad\nx:y\n")
+    read = ms.local_file(str(path))
+    assert read[0]["user9999"] == 9999 and read[1][5] == {"user5": 5, "again": 6}
+    assert ms.local_file(str(path)) is read
+    replace(path, "other:x:5:5::/:\n")
+    assert ms.local_file(str(path)) == ({"other": 5}, {5: {"other": 5}})
 
 
 # --- accounts that change -------------------------------------------------------------------------------------------
