@@ -2001,11 +2001,11 @@ class Rule(NamedTuple):
     default: Any
     is_well: Callable[[Any], Any]  # tells whether a value is of the right kind
     sentence: str  # said of one that is not
-    # Says what else is wrong: with parts of the value, or on this host, for the account of run_as_user.
+    # Says what else is wrong: with parts of it, or on this host for the account of run_as_user.
     problems: Callable[[Any, Optional[pwd.struct_passwd]], Iterable[str]] = lambda value, user: ()
 
 
-def is_text(pattern: str, value: Any) -> bool:
+def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
     """Tell whether it is a text that matches a pattern as a whole."""
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
@@ -2016,8 +2016,8 @@ def is_path(value: Any) -> bool:
 
 
 def are_fields(value: Any) -> bool:
-    """Tell whether it is a list of fields."""
-    return isinstance(value, list) and all(field in FIELDS for field in value)
+    """Tell whether it is a list of fields, each there once."""
+    return isinstance(value, list) and all(value.count(field) == 1 and field in FIELDS for field in value)
 
 
 def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
@@ -2071,21 +2071,15 @@ def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Ite
 def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
     """Check limits; a name that is not found may be of a user who has gone: see "not_found"."""
     for key, limit in limits.items():
-        is_name = isinstance(key, str) and ENTRY.fullmatch(key) and key[0] != "@" and not key.isdigit()
+        is_name = is_text(ENTRY, key) and not re.match(r"@|\d+$", key)
         if key != "*" and not is_name and not whole(key) and account_by_name(key) is None:
             yield f"there is no user {shown(key)}"
         if limit is not None and not whole(limit):
             yield f"{shown(key)}: a limit is a whole number of recipients, or None"
 
 
-def field_problems(fields: list[str], user: Any) -> Iterator[str]:
-    """Check whether a field is there twice."""
-    if len(set(fields)) < len(fields):
-        yield "names a field twice"
-
-
 A_PATH, A_LIST = "must be an absolute path, or None", 'must be a list, like ["bob"]'
-SOME_FIELDS = "must be a list of " + ", ".join(FIELDS)
+SOME_FIELDS = "must be a list of " + ", ".join(FIELDS) + ", none of them twice"
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
 RULES = {  # of every setting, as they stand at the top
     "socketname": Rule(
@@ -2098,18 +2092,19 @@ RULES = {  # of every setting, as they stand at the top
                         "there is no such user", user_problems),
     "blocked_mailusers": Rule([], lambda value: isinstance(value, list), A_LIST, list_problems),
     "blocked_mailusers_file": Rule(None, is_path, A_PATH, file_problems),
-    "allowed_mailusers": Rule(None, lambda value: isinstance(value, (list, type(None))), A_LIST, list_problems),
+    "allowed_mailusers": Rule(None, lambda value: value is None or isinstance(value, list),
+                              A_LIST, list_problems),
     "blocked_action": Rule("reject", lambda value: is_text("reject|tempfail|quarantine|log", value),
                            "must be one of 'reject', 'tempfail', 'quarantine', 'log'"),
-    "unidentified_action": Rule("accept", lambda value: is_text("accept|tempfail|quarantine|reject", value),
-                                "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
+    "unidentified_action": Rule(
+        "accept", lambda value: is_text("accept|tempfail|quarantine|reject", value),
+        "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
     "hourly_limits": Rule({}, lambda value: isinstance(value, dict),
                           'must be like {"*": 200, "root": None}', limit_problems),
     "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
                         "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
-    "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS, field_problems),
-    "log_fields": Rule(["user", "uid", "program", "pid", "exe", "dir", "unit"],
-                       are_fields, SOME_FIELDS, field_problems),
+    "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS),
+    "log_fields": Rule(["user", "uid", "program", "pid", "exe", "dir", "unit"], are_fields, SOME_FIELDS),
     "lsof_command": Rule(
         ["sudo", "-n", "/usr/bin/lsof"],
         lambda value: isinstance(value, list) and all(is_text(r"[^\0]+", word) for word in value),
@@ -2173,7 +2168,8 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 # ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where the milter is started as root"
+LSOF_CURE = ("install lsof, and the rule of sudoers.example; if sudo is sudo-rs, it cannot have that rule: "
+             "start the milter as root")
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 FAILED: list[str] = []  # what --check found that stops the milter
 
@@ -2334,28 +2330,18 @@ def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
 
 def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
     """Find the program of another user's connection, and say what this way cannot do."""
-    began = time.perf_counter()
-    facts = SysuserMilter.describer.describe(owner) if owner else {}
-    took = (time.perf_counter() - began) * 1e6
-    if way and "why" in facts:
-        report(f"programs: {way}", facts["why"], HELPER_CURE if way == "the helper" else LSOF_CURE)
-    elif way and owner:
-        report(f"programs: {way}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}")
+    if way and owner:
+        began = time.perf_counter()
+        facts = SysuserMilter.describer.describe(owner)
+        took = (time.perf_counter() - began) * 1e6
+        found = "" if "why" in facts else f", {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}"
+        cure = HELPER_CURE if way == "the helper" else LSOF_CURE
+        report(f"programs: {way}{found}", facts.get("why", ""), cure)
     if not way:
-        report("programs: sudo lsof", why_no_lsof(), LSOF_CURE)
+        report("programs: sudo lsof", "not allowed", LSOF_CURE)
     if way != "the helper":
-        report("programs: the helper", f"not there, {UNPRIVILEGED}; clients that a NAT rule redirects stay unknown, "
-               "and so does root without sudo lsof", HELPER_CURE)
-
-
-def why_no_lsof() -> str:
-    """Say why programs do not come through sudo lsof."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired, IndexError):
-        version = subprocess.run([lsof_command[0], "--version"], stdin=subprocess.DEVNULL, capture_output=True,
-                                 timeout=5, check=False)
-        if b"sudo-rs" in version.stdout + version.stderr:
-            return "this is sudo-rs, which has no regular expressions: the rule never matches; start as root"
-    return "not allowed"
+        report("programs: the helper", f"not there, {UNPRIVILEGED}; root (unless lsof finds its programs) "
+               "and clients that a NAT rule redirects stay unknown", HELPER_CURE)
 
 
 def connections_found() -> OtherUsers:
@@ -2367,28 +2353,21 @@ def connections_found() -> OtherUsers:
 
 
 def connection_made() -> OtherUsers:
-    """Have a user connect to this process; [] if it may not become another."""
+    """Have a process of another user connect to this one; [] if that may not be."""
     # In a container that does not map all uids, 65534 stands for the others.
     user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
-    listener, (near, far) = socket.create_server(("127.0.0.1", 0)), os.pipe()
-    server = endpoint(*listener.getsockname())
-    if os.fork() == 0:
-        try:
-            become(user)
-            signal.alarm(30)
-            with socket.create_connection(listener.getsockname()) as connection:
-                listener.close()
-                os.write(far, b".")
-                connection.recv(1)  # until --check ends, and the listener with it
-        finally:
-            os._exit(0)
-    os.close(far)  # else a child that fails would be waited for
-    if not os.read(near, 1):
+    listener, null = socket.create_server(("127.0.0.1", 0)), subprocess.DEVNULL
+    listener.settimeout(10)
+    server = listener.getsockname()
+    code = f"import socket; socket.create_connection({server}).recv(1)"  # until --check ends
+    try:
+        subprocess.Popen([sys.executable, "-Ic", code], stdin=null, stderr=null, cwd="/",
+                         user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+        accepted, client = listener.accept()  # one that is not accepted is nobody's, see client_socket
+    except OSError:
         return []
-    accepted, client = listener.accept()  # one that is not accepted is nobody's, see client_socket
     accepted.detach()
-    listener.detach()
-    return [(endpoint(*client), server, user.pw_uid)]
+    return [(endpoint(*client), endpoint(*server), user.pw_uid)]
 
 
 # ------------------------------------------------------------------------------- privilege, start
@@ -2455,19 +2434,17 @@ def handed_over() -> str:
 
 def start_problem() -> str:
     """Say why the milter cannot start here although its settings are well, or ""."""
-    if too_few_uids():
-        return too_few_uids()
+    problem = too_few_uids()
     try:
-        if handed_over() or not os.path.lexists(socketname):
-            return ""
-        if is_served(socketname):
-            return f"another milter is already serving {socketname}"
-        os.unlink(socketname)
+        if not problem and not handed_over() and os.path.lexists(socketname):
+            if is_served(socketname):
+                return f"another milter is already serving {socketname}"
+            os.unlink(socketname)
     except ValueError as error:
         return str(error)
     except OSError as error:
         return f"{socketname}: {error}"
-    return ""
+    return problem
 
 
 def is_served(path: str) -> bool:

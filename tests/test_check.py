@@ -345,7 +345,8 @@ def test_a_sudo_without_regular_expressions_is_warned_about(check: Any, stranger
     sudo.chmod(0o755)
     found = check(user="postfix", lsof_command=[str(sudo), "-n", "/usr/bin/lsof"])
     assert found.status == 0
-    assert "sudo-rs" in found.line("programs: sudo lsof") and "start as root" in found.line("programs: sudo lsof")
+    assert found.line("programs: sudo lsof") == "warn  programs: sudo lsof: not allowed"
+    assert "sudo-rs" in found.cure("programs: sudo lsof") and "start the milter as root" in found.cure("programs: sudo lsof")
 
 
 def test_what_differs_from_the_settings_as_delivered_is_shown(check: Any, tmp_path: pathlib.Path) -> None:

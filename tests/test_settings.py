@@ -27,7 +27,7 @@ sys.path.append(str(mta.SCRIPT.parent))
 import milter_sysuser as ms  # noqa: E402
 
 DEFAULTS = {name: rule.default for name, rule in ms.RULES.items()}
-FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit"
+FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit, none of them twice"
 WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said of it)
     "socketname": [("milter.sock", "must be an absolute path"), ("/no/such/directory/sock", "no directory /no/such/dir"),
                    (None, "must be an absolute path"), ("/tmp/" + "x" * 103, "at most 107 bytes"), ("", "absolute path"),
