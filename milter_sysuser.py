@@ -2168,8 +2168,7 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 # ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = ("install lsof, and the rule of sudoers.example; if sudo is sudo-rs, it cannot have that rule: "
-             "start the milter as root")
+LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes no such rule, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 FAILED: list[str] = []  # what --check found that stops the milter
 
@@ -2206,7 +2205,7 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
 
 
 def check_names() -> None:
-    """Look as run_as_user whether NSS knows all who are named; OSError, ValueError if a file cannot be read."""
+    """Look whether run_as_user can read the files, and NSS knows all who are named; OSError, ValueError."""
     delegated_to(0)
     named = {name: globals()[name] or () for name in RULES if name.endswith(("_mailusers", "_limits"))}
     if blocked_mailusers_file:
@@ -2340,8 +2339,8 @@ def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
     if not way:
         report("programs: sudo lsof", "not allowed", LSOF_CURE)
     if way != "the helper":
-        report("programs: the helper", f"not there, {UNPRIVILEGED}; root (unless lsof finds its programs) "
-               "and clients that a NAT rule redirects stay unknown", HELPER_CURE)
+        lost = ("" if way else "root and ") + "clients that a NAT rule redirects stay unknown"
+        report("programs: the helper", f"not there, {UNPRIVILEGED}; {lost}", HELPER_CURE)
 
 
 def connections_found() -> OtherUsers:

@@ -368,7 +368,7 @@ def test_with_neither_way_users_are_right_and_the_program_says_why_not(settings:
     assert "550 5.7.1 User mst-bob is blocked" in mta.run_as("mst-bob", mta.smtp(mail.postfix.port)).stdout
     (message,) = mail.postfix.wait_messages(1)
     assert message.get_all("X-Sender-Process-Info") == ["user=mst-alice program=?"]
-    assert "lookup=no-helper" in mail.milter.wait_lines("action=tag")[0]
+    assert "lookup=not-permitted" in mail.milter.wait_lines("action=tag")[0]
     assert not mail.milter.helper_pids()
 
 
