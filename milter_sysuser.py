@@ -2168,7 +2168,7 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 # ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes no such rule, start the milter as root"
+LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 FAILED: list[str] = []  # what --check found that stops the milter
 
@@ -2238,12 +2238,13 @@ def check_postfix() -> None:
     """Look whether Postfix uses this socket, and lets no one here make up a client's address."""
     try:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
-        lines, services = postconf("-x") + postconf("-Px"), postconf("-M")
+        lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         report("Postfix", str(error), "with Postfix, mend what it says; with Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
-    check_smtpd_milters(settings, services)
+    # Columns of master.cf(5): chroot is the fifth ("-": no, since Postfix 3.0), the command the eighth.
+    check_smtpd_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
     early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
            "postconf -e smtpd_forbid_unauth_pipelining=yes")
@@ -2258,19 +2259,17 @@ def check_postfix() -> None:
                    "give local clients a listener with content_filter instead; see README, Content filters")
 
 
-def check_smtpd_milters(settings: dict[str, str], services: list[str]) -> None:
+def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
     """Look whether smtpd_milters names this socket, once, and so that a chrooted smtpd finds it."""
     spool, problem = settings.get("queue_directory", "/"), "it does not"
-    # Columns of master.cf(5): chroot is the fifth ("-": no, since Postfix 3.0), the command the eighth.
-    chrooted = any(line.split()[4:8:3] == ["y", "smtpd"] for line in services)
-    for value in [value for name, value in settings.items() if name.split("/")[-1] == "smtpd_milters"]:
-        paths = [path for path in re.findall(r"unix:([^\s,{}]+)", value) if os.path.join(spool, path) == socketname]
-        if len(paths) > 1:
+    for name, value in settings.items():
+        paths = re.findall(r"unix:([^\s,{}]+)", value) if name.split("/")[-1] == "smtpd_milters" else []
+        ours = [path for path in paths if os.path.join(spool, path) == socketname]
+        if len(ours) > 1:
             problem = "twice"
-        elif paths and chrooted and paths[0].startswith("/"):
-            problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf"
-        elif paths:
-            problem = ""
+        elif ours:
+            hidden = chrooted and ours[0].startswith("/")
+            problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
     mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
     line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
     report("Postfix: smtpd_milters names this socket", problem,
@@ -2465,7 +2464,7 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
     try:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
-        raise OSError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
+        raise RuntimeError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
     channel = fork_helper(user) if sees_others() else None
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
@@ -2507,8 +2506,10 @@ def run() -> NoReturn:
     problem = start_problem()
     try:
         lack, way = ("", "") if problem else prepare(account_by_name(run_as_user))
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"could not start as {run_as_user}: {error}"
     if problem:
         say(ERROR, problem)
         end(EX_FAILED)

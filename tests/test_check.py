@@ -349,6 +349,14 @@ def test_a_sudo_without_regular_expressions_is_warned_about(check: Any, stranger
     assert "sudo-rs" in found.cure("programs: sudo lsof") and "start the milter as root" in found.cure("programs: sudo lsof")
 
 
+def test_listed_and_limited_users_who_do_not_exist_are_warned_about(check: Any) -> None:
+    """All of them, each with its setting; the start says it too, and starts."""
+    found = check(blocked_mailusers=["mst-nobody", "root"], hourly_limits={"mst-gone": 5, "*": 9, "root": None, 4711: 1})
+    assert found.status == 0
+    assert [line for line in found.lines if "is not found" in line] == [
+        "warn  blocked_mailusers: mst-nobody: is not found", "warn  hourly_limits: mst-gone: is not found"]
+
+
 def test_what_differs_from_the_settings_as_delivered_is_shown(check: Any, tmp_path: pathlib.Path) -> None:
     """And whether the script or settings_file has it."""
     file = tmp_path / "milter_sysuser.conf"

@@ -373,6 +373,14 @@ def test_an_ordinary_user_can_run_it_as_himself(run_as_user: Any, make_milter: C
     assert not milter.lines("ERROR")
 
 
+def test_a_root_that_may_not_become_run_as_user_is_one_line(make_milter: Callable) -> None:
+    """A container without CAP_SETUID."""
+    milter = make_milter(prefix=["setpriv", "--bounding-set=-setuid,-setgid"])
+    assert milter.run() == 1
+    (line,) = milter.lines()
+    assert "ERROR could not start as postfix: " in line and "Operation not permitted" in line
+
+
 def test_a_directory_that_run_as_user_may_not_write_to_is_a_problem(make_milter: Callable,
                                                                     directory: pathlib.Path) -> None:
     """Said before root is given up."""
