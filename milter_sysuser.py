@@ -144,16 +144,7 @@ lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 settings_file = "/etc/milter_sysuser.conf"
 # =============================================================================== end of settings
 
-DEFAULTS: dict[str, Any] = {  # the settings as delivered
-    "socketname": "/var/spool/postfix/private/milter.sock", "timeout": 0, "run_as_user": "postfix",
-    "blocked_mailusers": [], "blocked_mailusers_file": None, "allowed_mailusers": None,
-    "blocked_action": "reject", "unidentified_action": "accept", "hourly_limits": {},
-    "header_name": "X-Sender-Process-Info", "header_fields": ["user", "program"],
-    "log_fields": ["user", "uid", "program", "pid", "exe", "dir", "unit"],
-    "lsof_command": ["sudo", "-n", "/usr/bin/lsof"], "settings_file": "/etc/milter_sysuser.conf"}
 FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
-BLOCKED_ACTIONS = ("reject", "tempfail", "quarantine", "log")
-UNIDENTIFIED_ACTIONS = ("accept", "tempfail", "quarantine", "reject")
 REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
 UNIDENTIFIED = "Sender process could not be identified"
 # Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
@@ -163,8 +154,6 @@ LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
 
 EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
-LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
 MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
 # Of all headers. A hundred hops (RFC 5321, 6.3) and fifty ARC sets of three (RFC 8617, 4.2.1) leave
 # as much again and more for what programs add.
@@ -203,10 +192,7 @@ SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
 # user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
 OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
-# linux/capability.h, prctl.h, exportfs.h; malloc.h of glibc
-CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19
-CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
-LINUX_CAPABILITY_VERSION_3 = 0x20080522
+# linux/prctl.h, exportfs.h; malloc.h of glibc
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
 FILEID_KERNFS, M_ARENA_MAX = 0xFE, -8
 
@@ -1438,9 +1424,9 @@ def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -
     return refusal("not-allowed", account.name or account.uid)
 
 
-def whole(value: Any) -> bool:
-    """Tell whether it is a whole number that is not negative; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def whole(value: Any, most: int = 1 << 63) -> bool:
+    """Tell whether it is a whole number from 0 to most; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
@@ -1450,7 +1436,7 @@ def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
         is_uid = whole(number) and number < 1 << 32
         is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()  # not "²"
         if not is_uid and not is_name:
-            yield f"{entry!r} is not a user name, a numeric uid or \"@group\""
+            yield f"{shown(entry)} is not a user name, a numeric uid or \"@group\""
 
 
 def unquoted(entry: Any) -> Any:
@@ -2109,102 +2095,45 @@ def lsof_allowed() -> bool:
 
 
 # --------------------------------------------------------------- settings: every rule in one place
-def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Override settings by those of settings_file; give where each stands, and what is wrong."""
-    path, sources, problems = values["settings_file"], {}, []
-    try:
-        lines = settings_lines(path)
-    except (OSError, ValueError) as error:
-        return sources, [f"settings_file = {path!r}: {error}"]
-    for where, line in lines:
-        name, value, problem = read_setting(line)
-        if not problem and name in sources:
-            problem = f"is there twice, see {sources[name]}"
-        if problem:
-            problems.append(f"{where}: {shown(line)}: {problem}")
-        else:
-            values[name], sources[name] = value, where
-    return sources, problems
+class Rule(NamedTuple):
+    """What a setting is as delivered, and what else it may be."""
+
+    default: Any
+    is_well: Callable[[Any], Any]  # tells whether a value is of the right kind
+    sentence: str  # said of one that is not
+    # Says what else is wrong: with parts of it, or on this host for the account of run_as_user.
+    problems: Callable[[Any, Optional[pwd.struct_passwd]], Iterable[str]] = lambda value, user: ()
 
 
-def settings_lines(path: Any) -> list[tuple[str, str]]:
-    """Read the lines of settings_file, each with where it stands; OSError, ValueError."""
-    if path_problem(path):
-        raise ValueError(path_problem(path))
-    try:
-        lines = read_trusted(path, os.geteuid()).split("\n") if path else []
-    except FileNotFoundError:
-        if os.path.lexists(path):  # a link that leads nowhere, perhaps in this unit only (ProtectHome=)
-            raise
-        return []
-    return [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)
-            if re.match(r"\s*[^\s#]", line)]
+def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
+    """Tell whether it is a text that matches a pattern as a whole."""
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def read_setting(line: str) -> tuple[str, Any, str]:
-    """Read a line of settings_file, never executed; or say what is wrong."""
-    name, equals, text = (part.strip() for part in line.partition("="))
-    if not equals or name not in DEFAULTS or name == "settings_file":
-        return name, None, "must be name = value, with the name of a setting (and not of this file)"
-    try:
-        value = ast.literal_eval(text)
-        shown(value)  # ValueError if a number has too many digits to be written
-        return name, value, ""
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return name, None, "must be a plain value on one line: a text, a number, None, a list or a mapping"
+def is_path(value: Any) -> bool:
+    """Tell whether it is an absolute path, or None."""
+    return value is None or is_text(r"/[^\0]*", value)
 
 
-def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterator[str]:
-    """Check all settings; yield a sentence a problem: where, setting, value, rule."""
-    number = f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"
-    name = "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"
-    is_name = isinstance(values["header_name"], str) and re.fullmatch(r"[!-9;-~]{1,76}", values["header_name"])
-    user = account_by_name(values["run_as_user"])
-    problems = {
-        "socketname": socket_problem(values["socketname"], user),
-        "timeout": "" if whole(values["timeout"]) and values["timeout"] <= LONGEST_TIMEOUT else number,
-        "run_as_user": user_problem(values["run_as_user"], user),
-        "blocked_mailusers_file": file_problem(values["blocked_mailusers_file"], user),
-        "blocked_action": choice_problem(values["blocked_action"], BLOCKED_ACTIONS),
-        "unidentified_action": choice_problem(values["unidentified_action"], UNIDENTIFIED_ACTIONS),
-        "header_name": "" if is_name else name,
-        "header_fields": fields_problem(values["header_fields"]),
-        "log_fields": fields_problem(values["log_fields"])}
-    for setting, problem in [*problems.items(), *list_problems(values)]:
-        where = f"{sources[setting]}: " if setting in sources else ""
-        if problem:
-            yield f"{where}{setting} = {shown(values[setting])}: {problem}"
+def are_fields(value: Any) -> bool:
+    """Tell whether it is a list of fields, each there once."""
+    return isinstance(value, list) and all(value.count(field) == 1 and field in FIELDS for field in value)
 
 
-def shown(value: Any) -> str:
-    """Write a value as it stands in the settings, short enough for a line of the log."""
-    text = repr(value)
-    return text if len(text) <= 1000 else text[:1000] + "..."
-
-
-def path_problem(path: Any) -> str:
-    """Check a setting that is a path, or None."""
-    well = path is None or re.fullmatch(r"/[^\0]*", str(path))
-    return "" if well else "must be an absolute path, or None"
-
-
-def socket_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
-    """Check the socket's path and directory."""
-    if path_problem(path or "") or not path.isprintable() or len(os.fsencode(path)) > 107:
-        return "must be an absolute path of at most 107 bytes, all printable"
-    if "LISTEN_FDS" in os.environ:
-        return ""  # the service manager has the socket
+def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
+    """Check what is at the socket's path, and its directory."""
     directory = os.path.dirname(path)
+    if "LISTEN_FDS" in os.environ:
+        return  # the service manager has the socket
     if not os.path.isdir(directory):
-        return f"there is no directory {directory}"
-    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-        return "there is something at that path that is not a socket"
-    if user is None or may_write(directory, user):
-        return ""
-    with contextlib.suppress(OSError):
-        if is_served(path):  # it was made for this user, by the service manager
-            return ""
-    return f"user {user.pw_name} may not write to {directory}"
+        yield f"there is no directory {directory}"
+    elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        yield "there is something at that path that is not a socket"
+    elif user and not may_write(directory, user):
+        with contextlib.suppress(OSError):
+            if is_served(path):  # it was made for this user, by the service manager
+                return
+        yield f"user {user.pw_name} may not write to {directory}"
 
 
 def may_write(directory: str, user: pwd.struct_passwd) -> bool:
@@ -2219,70 +2148,127 @@ def may_write(directory: str, user: pwd.struct_passwd) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def user_problem(run_as: Any, user: Optional[pwd.struct_passwd]) -> str:
-    """Check run_as_user."""
-    if run_as is not None and user is None:
-        return "there is no such user"
+def user_problems(name: Any, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
+    """Check whether this may become run_as_user."""
     if user and os.geteuid() not in (0, user.pw_uid):
-        return f"started under uid {os.geteuid()}, which is neither root nor that user"
-    return ""
+        yield f"started under uid {os.geteuid()}, which is neither root nor that user"
 
 
-def file_problem(path: Any, user: Optional[pwd.struct_passwd]) -> str:
-    """Check the block list's file."""
-    if path is None or path_problem(path):
-        return path_problem(path)
+def list_problems(entries: Optional[list[Any]], user: Any) -> Iterator[str]:
+    """Check the entries of a list of users."""
+    return entry_problems(map(unquoted, entries or []))
+
+
+def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Iterator[str]:
+    """Check a file of users."""
     try:
-        read_entries(path, user.pw_uid if user else os.geteuid())
+        if path:
+            read_entries(path, user.pw_uid if user else os.geteuid())
     except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+        yield str(error)
 
 
-def choice_problem(value: Any, choices: tuple[str, ...]) -> str:
-    """Check a setting that is one of several words."""
-    return "" if value in choices else "must be one of " + ", ".join(map(repr, choices))
-
-
-def fields_problem(fields: Any) -> str:
-    """Check header_fields or log_fields."""
-    if not isinstance(fields, list) or any(field not in FIELDS for field in fields):
-        return "must be a list of " + ", ".join(FIELDS)
-    return "names a field twice" if len(set(fields)) < len(fields) else ""
-
-
-def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Check the settings of which several parts can be wrong."""
-    for name in "blocked_mailusers", "allowed_mailusers":
-        if isinstance(values[name], list):
-            yield from ((name, problem) for problem in entry_problems(map(unquoted, values[name])))
-        elif values[name] is not None or name == "blocked_mailusers":
-            yield name, 'must be a list, like ["bob"]'
-    yield "lsof_command", command_problem(values["lsof_command"])
-    yield from (("hourly_limits", problem) for problem in limits_problems(values["hourly_limits"]))
-
-
-def command_problem(command: Any) -> str:
-    """Check lsof_command."""
-    well = isinstance(command, list) and all(isinstance(word, str) and word for word in command)
-    return "" if well and "\0" not in "".join(command) else "must be a list of words, or []"
-
-
-def limits_problems(limits: Any) -> Iterator[str]:
-    """Check hourly_limits."""
-    if not isinstance(limits, dict):
-        yield 'must be like {"*": 200, "root": None}'
-        return
+def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
+    """Check limits; a name that is not found may be of a user who has gone: see "not_found"."""
     for key, limit in limits.items():
-        if key != "*" and not whole(key) and account_by_name(key) is None:
-            yield f"there is no user {key!r}"
+        is_name = is_text(ENTRY, key) and not re.match(r"@|\d+$", key)
+        if key != "*" and not is_name and not whole(key) and account_by_name(key) is None:
+            yield f"there is no user {shown(key)}"
         if limit is not None and not whole(limit):
-            yield f"{key!r}: a limit is a whole number of recipients, or None"
+            yield f"{shown(key)}: a limit is a whole number of recipients, or None"
+
+
+A_PATH, A_LIST = "must be an absolute path, or None", 'must be a list, like ["bob"]'
+SOME_FIELDS = "must be a list of " + ", ".join(FIELDS) + ", none of them twice"
+LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
+RULES = {  # of every setting, as they stand at the top
+    "socketname": Rule(
+        "/var/spool/postfix/private/milter.sock",
+        lambda value: is_text("/.*", value) and value.isprintable() and len(os.fsencode(value)) <= 107,
+        "must be an absolute path of at most 107 bytes, all printable", socket_problems),
+    "timeout": Rule(0, lambda value: whole(value, LONGEST_TIMEOUT),
+                    f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"),
+    "run_as_user": Rule("postfix", lambda value: value is None or account_by_name(value),
+                        "there is no such user", user_problems),
+    "blocked_mailusers": Rule([], lambda value: isinstance(value, list), A_LIST, list_problems),
+    "blocked_mailusers_file": Rule(None, is_path, A_PATH, file_problems),
+    "allowed_mailusers": Rule(None, lambda value: value is None or isinstance(value, list),
+                              A_LIST, list_problems),
+    "blocked_action": Rule("reject", lambda value: is_text("reject|tempfail|quarantine|log", value),
+                           "must be one of 'reject', 'tempfail', 'quarantine', 'log'"),
+    "unidentified_action": Rule(
+        "accept", lambda value: is_text("accept|tempfail|quarantine|reject", value),
+        "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
+    "hourly_limits": Rule({}, lambda value: isinstance(value, dict),
+                          'must be like {"*": 200, "root": None}', limit_problems),
+    "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
+                        "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
+    "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS),
+    "log_fields": Rule(["user", "uid", "program", "pid", "exe", "dir", "unit"], are_fields, SOME_FIELDS),
+    "lsof_command": Rule(
+        ["sudo", "-n", "/usr/bin/lsof"],
+        lambda value: isinstance(value, list) and all(is_text(r"[^\0]+", word) for word in value),
+        "must be a list of words, or []"),
+    "settings_file": Rule("/etc/milter_sysuser.conf", is_path, A_PATH),
+}
+
+
+def settings_problems(values: dict[str, Any], sources: dict[str, str]) -> Iterator[str]:
+    """Check all settings; yield a sentence a problem: where, setting, value, rule."""
+    user = account_by_name(values["run_as_user"])
+    for name, rule in RULES.items():
+        value, where = values[name], f"{sources[name]}: " if name in sources else ""
+        for problem in rule.problems(value, user) if rule.is_well(value) else [rule.sentence]:
+            yield f"{where}{name} = {shown(value)}: {problem}"
+
+
+def shown(value: Any) -> str:
+    """Write a value as it stands in the settings, short enough for a line of the log."""
+    try:
+        text = repr(value)
+    except ValueError:  # see sys.set_int_max_str_digits
+        return "(a number of too many digits)"
+    return text if len(text) <= 1000 else text[:1000] + "..."
+
+
+def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Override settings by those of settings_file; give where each stands, and what is wrong."""
+    path, sources, problems = values["settings_file"], {}, []
+    try:
+        text = read_trusted(path, os.geteuid()) if path and is_path(path) else ""
+    except (OSError, ValueError) as error:
+        # No file is well; a link that leads nowhere is not, perhaps in this unit only (ProtectHome=).
+        is_none = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
+        return {}, [] if is_none else [f"settings_file = {path!r}: {error}"]
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if line and line[0] != "#":
+            where = f"{path}, line {number}"
+            try:
+                name, value = read_setting(line, sources)
+                values[name], sources[name] = value, where
+            except ValueError as problem:
+                problems.append(f"{where}: {shown(line)}: {problem}")
+    return sources, problems
+
+
+def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
+    """Read a line of settings_file, never executed; ValueError says what is wrong."""
+    name, equals, text = (part.strip() for part in line.partition("="))
+    if not equals or name not in RULES or name == "settings_file":
+        raise ValueError("must be name = value, with the name of a setting (and not of this file)")
+    if name in sources:
+        raise ValueError(f"is there twice, see {sources[name]}")
+    try:
+        value = ast.literal_eval(text)
+        repr(value)  # ValueError if a number has too many digits to be written
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError("must be a plain value on one line: a text, a number, None, a list or a mapping") from None
+    return name, value
 
 
 # ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where the milter is started as root"
+LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 FAILED: list[str] = []  # what --check found that stops the milter
 
@@ -2304,104 +2290,91 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
     if problems:
         return EX_CONFIG
     report("settings, and the socket's directory")
-    for name, default in DEFAULTS.items():
-        if globals()[name] != default:
-            source = sources.get(name, "the script")
-            print(f"      {name} = {globals()[name]!r}, from {source}; as delivered: {default!r}")
+    for name, rule in RULES.items():
+        value, source = globals()[name], sources.get(name, "the script")
+        if value != rule.default:
+            print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
     try:
         check_lookups(account_by_name(run_as_user))
-        delegated_to(0)  # now as the user the milter will be
-        check_lists()
-    except (OSError, ValueError) as error:
+        check_names()
+    except (OSError, RuntimeError, ValueError) as error:
         cure = "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names"
         report("as run_as_user", str(error), cure, True)
     return EX_CONFIG if FAILED else 0
 
 
-def check_lists() -> None:
-    """Look whether NSS knows all who are listed; OSError, ValueError if the file cannot be read."""
-    listed = {"blocked_mailusers": blocked_mailusers, "allowed_mailusers": allowed_mailusers or []}
+def check_names() -> None:
+    """Look whether run_as_user can read the files, and NSS knows all who are named; OSError, ValueError."""
+    delegated_to(0)
+    named = {name: globals()[name] or () for name in RULES if name.endswith(("_mailusers", "_limits"))}
     if blocked_mailusers_file:
-        listed[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
-    for where, entries in listed.items():
-        for entry in map(str, map(unquoted, entries)):
-            if not entry.isdigit() and look_up_entry(entry, None) is None:
-                report(f"{where}: {quote(entry)}", "is not found", "mend the name, unless it is to come")
+        named[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
+    for where, entries in named.items():
+        for entry in not_found(entries):
+            report(f"{where}: {entry}", "is not found", "mend the name, unless it is to come")
 
 
-def postconf(*arguments: str) -> tuple[list[str], str]:
-    """Ask Postfix for its settings; give the lines, and what is wrong where it does not answer."""
+def not_found(entries: Iterable[Any]) -> Iterator[str]:
+    """Give the names in a list of users, or in limits, that NSS does not know."""
+    for entry in map(str, map(unquoted, entries)):
+        if entry != "*" and not entry.isdigit() and look_up_entry(entry, None) is None:
+            yield quote(entry)
+
+
+def postconf(*arguments: str) -> list[str]:
+    """Ask Postfix for its settings; OSError, SubprocessError, ValueError if it does not give them."""
     command = shutil.which("postconf", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin")
     if command is None:
-        return [], "postconf is not there to ask"
-    try:
-        ran = subprocess.run([command, *arguments], stdin=subprocess.DEVNULL, capture_output=True,
-                             timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [], str(error)
-    said = quote(ran.stderr.strip())
-    return ran.stdout.decode("utf-8", "replace").splitlines(), f"postconf says {said}" if ran.returncode else ""
+        raise FileNotFoundError("postconf is not there to ask")
+    ran = subprocess.run([command, *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+                         timeout=10, check=False)
+    if ran.returncode:
+        raise ValueError(f"postconf says {quote(ran.stderr.strip())}")
+    return ran.stdout.decode("utf-8", "replace").splitlines()
 
 
 def check_postfix() -> None:
     """Look whether Postfix uses this socket, and lets no one here make up a client's address."""
-    lines, problem = postconf("-x")
-    if problem:
-        report("Postfix", problem, "with Postfix, mend what it says; with Sendmail, see README, Sendmail")
+    try:
+        # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
+        lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        report("Postfix", str(error), "with Postfix, mend what it says; with Sendmail, see README, Sendmail")
         return
-    settings = {}
-    for line in lines + postconf("-Px")[0]:  # of services in master.cf, as SERVICE/TYPE/NAME
-        name, _, value = line.partition(" = ")
-        settings[name.strip()] = value.strip()
-    check_smtpd_milters(settings)
+    settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
+    # Columns of master.cf(5): chroot is the fifth ("-": no, since Postfix 3.0), the command the eighth.
+    check_smtpd_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
     early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
            "postconf -e smtpd_forbid_unauth_pipelining=yes")
     for name, value in filter(all, settings.items()):
-        check_clients(name, value, name.split("/")[-1])
+        kind = name.split("/")[-1]
+        if kind.endswith("_upstream_proxy_protocol") or (
+                kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
+            report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
+                   "allow it to addresses only that users of this host cannot have, on a port of its own")
+        if kind == "smtpd_proxy_filter":
+            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
+                   "give local clients a listener with content_filter instead; see README, Content filters")
 
 
-def check_clients(name: str, value: str, kind: str) -> None:
-    """Look whether a setting, of this kind, lets clients pass for others, or keeps them from us."""
-    made_up = kind.endswith("_upstream_proxy_protocol") or (
-        kind == "smtpd_authorized_xclient_hosts" and may_be_local(value))
-    if made_up:
-        report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
-               "allow it to addresses only that users of this host cannot have, on a port of its own")
-    if kind == "smtpd_proxy_filter":
-        report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
-               "give local clients a listener with content_filter instead; see README, Content filters")
-
-
-def check_smtpd_milters(settings: dict[str, str]) -> None:
+def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
     """Look whether smtpd_milters names this socket, once, and so that a chrooted smtpd finds it."""
     spool, problem = settings.get("queue_directory", "/"), "it does not"
     for name, value in settings.items():
-        if name.split("/")[-1] == "smtpd_milters":
-            paths = re.findall(r"unix:([^\s,{}]+)", value)
-            ours = [path for path in paths if os.path.join(spool, path) == socketname]
-            problem = milters_problem(ours, spool) if ours else problem
+        paths = re.findall(r"unix:([^\s,{}]+)", value) if name.split("/")[-1] == "smtpd_milters" else []
+        ours = [path for path in paths if os.path.join(spool, path) == socketname]
+        if len(ours) > 1:
+            problem = "twice"
+        elif ours:
+            hidden = chrooted and ours[0].startswith("/")
+            problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
     mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
     line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
     report("Postfix: smtpd_milters names this socket", problem,
            f"look whether smtpd_milter_maps does: {mapped}" if mapped else
            f"postconf -e '{line}', beside what is there now")
-
-
-def milters_problem(paths: list[str], spool: str) -> str:
-    """Say what is wrong with the way smtpd_milters names this socket, or ""."""
-    if len(paths) > 1:
-        return "twice"
-    if paths[0].startswith("/") and any(map(is_chrooted_smtpd, postconf("-M")[0])):
-        return f"by its whole path, but smtpd is chrooted to {spool} in master.cf"
-    return ""
-
-
-def is_chrooted_smtpd(service: str) -> bool:
-    """Tell whether a line of master.cf is an smtpd in a chroot ("-": no, since Postfix 3.0)."""
-    fields = service.split()
-    return fields[7:8] == ["smtpd"] and fields[4] == "y"
 
 
 def may_be_local(hosts: str) -> bool:
@@ -2416,117 +2389,92 @@ def may_be_local(hosts: str) -> bool:
 
 
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
-    """Try each way of looking up, in the uid the milter will have, on another user's connection."""
-    lookup, problem = choose_lookup(lambda mta_end: "redirected")
-    problem = too_few_uids() or problem
+    """Start as the milter does, and have it name another user and his program."""
+    problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
+    if not problem:
+        others = connection_made() if as_root else connections_found()
+        problem, way = prepare(user)
     report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
     if problem:
         return
-    assert isinstance(lookup, KernelLookup)
-    made = os.geteuid() == 0
-    stranger = connection_made() if made else connection_found(lookup)
-    privileged = os.geteuid() == 0 or sees_others()
-    channel = fork_helper(user) if privileged else None
-    become(user)
-    set_capabilities(0)
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    owner = check_owner(lookup, stranger, made)
-    if channel is None:
-        check_without_helper(owner)
-    elif owner:
-        check_program("programs: the helper", Describer(channel, False), owner, HELPER_CURE)
+    check_programs(way, check_users(others, as_root))
 
 
-def check_without_helper(owner: Optional[ClientSocket]) -> None:
-    """Try sudo lsof, and say what only the helper can do."""
-    problem = why_no_lsof()
-    if owner and not problem:
-        check_program("programs: sudo lsof", Describer(None, True), owner, LSOF_CURE)
-    else:
-        report("programs: sudo lsof", problem, LSOF_CURE)
-    report("programs: the helper", "not there; clients that a NAT rule redirects stay unknown, and so "
-           "does root without sudo lsof", HELPER_CURE)
+OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
 
 
-Stranger = Optional[tuple[Endpoint, Endpoint, int]]  # another user's connection: both ends, his uid
-
-
-def check_owner(lookup: KernelLookup, stranger: Stranger, made: bool) -> Optional[ClientSocket]:
-    """Find the owner of another user's connection, made for this or not; None if that fails."""
-    if stranger is None:
-        report("users and programs of others", "not tried, no other user has a connection now",
-               "run this as root" + (", with CAP_SETUID" if os.geteuid() == 0 else ""))
-        return None
-    for _ in range(5):  # one that was found can end meanwhile
+def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
+    """Find the owner of another user's connection; None if that fails."""
+    found = ""
+    for client, server, uid in others:  # one that was found can end meanwhile
         began = time.perf_counter()
-        owner = lookup.find_client_socket(*stranger[:2])
+        owner = SysuserMilter.lookup.find_client_socket(client, server)
         took = (time.perf_counter() - began) * 1e6
-        if owner and owner.uid == stranger[2]:
+        if owner and owner.uid == uid:
             report(f"users: another user's connection, {took:.0f} us")
             return owner
-        stranger = (None if made else connection_found(lookup)) or stranger
-    found = (owner.why or "wrong uid") if owner else "taken for another host's"
-    report("users: another user's connection", f"not found ({found})",
-           "run this again; in a unit or container, give it the host's network and users", fatal=made)
-    return None
-
-
-def check_program(way: str, describer: Describer, owner: ClientSocket, cure: str) -> None:
-    """Find the program of a connection as the milter will."""
-    began = time.perf_counter()
-    facts = describer.describe(owner)
-    took = (time.perf_counter() - began) * 1e6
-    if "why" in facts:
-        report(way, facts["why"], cure)
+        found = (owner.why or "wrong uid") if owner else "taken for another host's"
+    if found:
+        report("users: another user's connection", f"not found ({found})",
+               "run this again; in a unit or container, give it the host's network and users", fatal=as_root)
     else:
-        report(f"{way}, {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}")
-
-
-def why_no_lsof() -> str:
-    """Say why programs do not come through sudo lsof, or ""."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired, IndexError):
-        version = subprocess.run([lsof_command[0], "--version"], stdin=subprocess.DEVNULL, capture_output=True,
-                                 timeout=5, check=False)
-        if b"sudo-rs" in version.stdout + version.stderr:
-            return "this is sudo-rs, which has no regular expressions: the rule never matches; start as root"
-    return "" if lsof_allowed() else "not allowed"
-
-
-def connection_found(lookup: KernelLookup) -> Stranger:
-    """Give a connection that another user has to this host; None if there is none."""
-    for diag in dump_sockets(0, 0):
-        other = diag.inode and diag.uid not in (0, os.geteuid())
-        if other and lookup.find(diag.destination, diag.source):
-            return diag.source, diag.destination, diag.uid
+        report("users and programs of others", "not tried, no other user has a connection now",
+               "run this as root" + (", with CAP_SETUID" if as_root else ""))
     return None
 
 
-def connection_made() -> Stranger:
-    """Have a user connect to this process; None if it may not become another."""
+def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
+    """Find the program of another user's connection, and say what this way cannot do."""
+    if way and owner:
+        began = time.perf_counter()
+        facts = SysuserMilter.describer.describe(owner)
+        took = (time.perf_counter() - began) * 1e6
+        found = "" if "why" in facts else f", {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}"
+        cure = HELPER_CURE if way == "the helper" else LSOF_CURE
+        report(f"programs: {way}{found}", facts.get("why", ""), cure)
+    if not way:
+        report("programs: sudo lsof", "not allowed", LSOF_CURE)
+    if way != "the helper":
+        lost = ("" if way else "root and ") + "clients that a NAT rule redirects stay unknown"
+        report("programs: the helper", f"not there, {UNPRIVILEGED}; {lost}", HELPER_CURE)
+
+
+def connections_found() -> OtherUsers:
+    """Give the connections that other users have to this host."""
+    for diag in dump_sockets(0, 0):
+        is_other = diag.inode and diag.uid not in (0, os.geteuid())
+        if is_other and cast(KernelLookup, SysuserMilter.lookup).find(diag.destination, diag.source):
+            yield diag.source, diag.destination, diag.uid
+
+
+def connection_made() -> OtherUsers:
+    """Have a process of another user connect to this one; [] if that may not be."""
     # In a container that does not map all uids, 65534 stands for the others.
-    name = "nobody" if mapped_uids() == ALL_UIDS else "daemon"
-    listener, (near, far) = socket.create_server(("127.0.0.1", 0)), os.pipe()
-    if os.fork() == 0:
-        try:
-            become(pwd.getpwnam(name))
-            signal.alarm(30)
-            with socket.create_connection(listener.getsockname()) as connection:
-                listener.close()
-                os.write(far, str(connection.getsockname()[1]).encode())
-                connection.recv(1)  # until --check ends, and the listener with it
-        finally:
-            os._exit(0)
-    os.close(far)  # else a child that fails would be waited for
-    server, port = endpoint(*listener.getsockname()), os.read(near, 8)
-    if port:
-        listener.accept()[0].detach()  # one that is not accepted is nobody's, see client_socket
-    listener.detach()
-    return (endpoint("127.0.0.1", int(port)), server, pwd.getpwnam(name).pw_uid) if port else None
+    user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
+    listener, null = socket.create_server(("127.0.0.1", 0)), subprocess.DEVNULL
+    listener.settimeout(10)
+    server = listener.getsockname()
+    code = f"import socket; socket.create_connection({server}).recv(1)"  # until --check ends
+    try:
+        subprocess.Popen([sys.executable, "-Ic", code], stdin=null, stderr=null, cwd="/",
+                         user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+        accepted, client = listener.accept()  # one that is not accepted is nobody's, see client_socket
+    except OSError:
+        return []
+    accepted.detach()
+    return [(endpoint(*client), endpoint(*server), user.pw_uid)]
 
 
 # ------------------------------------------------------------------------------- privilege, start
+# linux/capability.h
+CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, LINUX_CAPABILITY_VERSION_3 = 2, 19, 0x20080522
+CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
+UNPRIVILEGED = "without the privilege to see other users' processes"
+
+
 def set_capabilities(wanted: int) -> None:
     """Keep, of the capabilities this process has, only those of a mask; OSError."""
     mask = wanted & capabilities()
@@ -2559,6 +2507,10 @@ def become(user: Optional[pwd.struct_passwd]) -> None:
         raise RuntimeError("could not drop root for good")
 
 
+HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
+
+
+@functools.lru_cache(maxsize=1)  # it stays as it was at the start
 def handed_over() -> str:
     """Give libmilter's name for the service manager's socket (sd_listen_fds(3)), or "".
 
@@ -2580,19 +2532,17 @@ def handed_over() -> str:
 
 def start_problem() -> str:
     """Say why the milter cannot start here although its settings are well, or ""."""
-    if too_few_uids():
-        return too_few_uids()
+    problem = too_few_uids()
     try:
-        if handed_over() or not os.path.lexists(socketname):
-            return ""
-        if is_served(socketname):
-            return f"another milter is already serving {socketname}"
-        os.unlink(socketname)
+        if not problem and not handed_over() and os.path.lexists(socketname):
+            if is_served(socketname):
+                return f"another milter is already serving {socketname}"
+            os.unlink(socketname)
     except ValueError as error:
         return str(error)
     except OSError as error:
         return f"{socketname}: {error}"
-    return ""
+    return problem
 
 
 def is_served(path: str) -> bool:
@@ -2605,23 +2555,23 @@ def is_served(path: str) -> bool:
     return False
 
 
-def prepare(user: Optional[pwd.struct_passwd], lookup: Lookup) -> str:
-    """Fork the helper, drop privilege, set up what sessions share; give the ways of looking up."""
-    privileged = sees_others()
-    by_lsof = None if os.geteuid() == 0 else lsof_allowed()
-    channel = None if by_lsof and not privileged else fork_helper(user)
+def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
+    """Choose how users and programs are looked up, fork the helper, and drop privilege for good.
+
+    Gives what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or,
+    for nobody, "". Raises OSError, RuntimeError if there is no way to start.
+    """
+    try:
+        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.dialled(mta_end))
+    except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
+        raise RuntimeError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
+    channel = fork_helper(user) if sees_others() else None
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
         set_capabilities(0)
-    # Threads begin below, and none may take these: the main thread waits for them, see "run".
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    programs = "the helper" if privileged else "sudo lsof" if channel is None else (
-        "the helper without the privilege to see other users' processes")
-    ways = f"version {VERSION}: users from {lookup.name}; programs through {programs}"
-    say(INFO, ways)
+    by_lsof = None if channel else lsof_allowed()  # None: asked when the helper has ended
     SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(channel, by_lsof)
-    prepare_policy()
-    return ways
+    return lack, "the helper" if channel else "sudo lsof" if by_lsof else ""
 
 
 def prepare_policy() -> None:
@@ -2637,6 +2587,8 @@ def prepare_policy() -> None:
         users.warn_of_doubles()
     if shared.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
+    for name in not_found(hourly_limits):
+        say(WARNING, f"hourly_limits: {name} is not found: mend the name, or start again when there is that user")
     limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or shared.allowed
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
@@ -2647,19 +2599,26 @@ def run() -> NoReturn:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has a heap of its own, and memory creeps up
+        LIBC.mallopt(M_ARENA_MAX, 1)
+    # Threads begin in "prepare", and none may take these: the main thread waits for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     problem = start_problem()
     try:
-        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.dialled(mta_end))
-    except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
-        problem = problem or f"a connection to 127.0.0.1, to try sock_diag on: {error}"
+        lack, way = ("", "") if problem else prepare(account_by_name(run_as_user))
+    except RuntimeError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"could not start as {run_as_user}: {error}"
     if problem:
         say(ERROR, problem)
         end(EX_FAILED)
     if lack:
         say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
-    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has a heap of its own, and memory creeps up
-        LIBC.mallopt(M_ARENA_MAX, 1)
-    ways = prepare(account_by_name(run_as_user), lookup)
+    ways = f"version {VERSION}: users from {SysuserMilter.lookup.name}; programs " + (
+        f"through {way}" if way else f"are unknown, {UNPRIVILEGED} and without sudo lsof")
+    say(INFO, ways)
+    prepare_policy()
     os.umask(0o177)  # the socket's mode, as bind(2) takes it
     os.chdir("/")
     sys.excepthook = report_exception
@@ -2744,18 +2703,19 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()
-    for number in range(3):  # one that was closed must not become a socket of ours
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+    number = os.open(os.devnull, os.O_RDWR)
+    while number < 3:  # one of these that was closed must not become a socket of ours
+        number = os.dup(number)
+    os.close(number)
     log_target()  # now, while it may still be opened anew
     if MISSING:
         sys.stderr.write(f"milter_sysuser: {MISSING}: install pymilter 1.0.5 or newer and psutil "
                          "(Debian 12 or newer: python3-milter python3-psutil)\n")
         end(EX_CONFIG)
-    sources, problems = take_settings_file(globals())
-    problems += settings_problems(globals(), sources)
+    values = {name: globals()[name] for name in RULES}
+    sources, problems = take_settings_file(values)
+    problems += settings_problems(values, sources)
+    globals().update(values)
     if arguments.check:
         return check(sources, problems)
     for problem in problems:

@@ -117,7 +117,8 @@ def test_without_the_capabilities_the_program_is_a_warning_with_its_cure(check: 
     found = check(prefix=["setpriv", "--bounding-set=-sys_ptrace,-dac_read_search"], lsof_command=[])
     assert found.status == 0
     assert found.line("users: another").startswith("ok")
-    assert found.line("programs: the helper") == "warn  programs: the helper: not-permitted"
+    assert "without the privilege to see other users' processes" in found.line("programs: the helper")
+    assert found.line("programs: the helper").startswith("warn") and found.line("programs: sudo lsof").startswith("warn")
     assert "CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in found.cure("programs: the helper")
 
 
@@ -340,11 +341,20 @@ def test_a_sudo_without_regular_expressions_is_warned_about(check: Any, stranger
     for parent in tmp_path, *tmp_path.parents[:2]:
         parent.chmod(0o755)
     sudo = tmp_path / "sudo"
-    sudo.write_text("#!/bin/sh\necho sudo-rs 0.2.8\n")
+    sudo.write_text('#!/bin/sh\necho sudo-rs 0.2.8; test "$1" = --version\n')  # as it: the rule does not match
     sudo.chmod(0o755)
     found = check(user="postfix", lsof_command=[str(sudo), "-n", "/usr/bin/lsof"])
     assert found.status == 0
-    assert "sudo-rs" in found.line("programs: sudo lsof") and "start as root" in found.line("programs: sudo lsof")
+    assert found.line("programs: sudo lsof") == "warn  programs: sudo lsof: not allowed"
+    assert "sudo-rs" in found.cure("programs: sudo lsof") and "start the milter as root" in found.cure("programs: sudo lsof")
+
+
+def test_listed_and_limited_users_who_do_not_exist_are_warned_about(check: Any) -> None:
+    """All of them, each with its setting; the start says it too, and starts."""
+    found = check(blocked_mailusers=["mst-nobody", "root"], hourly_limits={"mst-gone": 5, "*": 9, "root": None, 4711: 1})
+    assert found.status == 0
+    assert [line for line in found.lines if "is not found" in line] == [
+        "warn  blocked_mailusers: mst-nobody: is not found", "warn  hourly_limits: mst-gone: is not found"]
 
 
 def test_what_differs_from_the_settings_as_delivered_is_shown(check: Any, tmp_path: pathlib.Path) -> None:

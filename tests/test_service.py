@@ -26,6 +26,7 @@ import milter_sysuser as ms  # noqa: E402
 README = mta.SCRIPT.parent / "README.md"
 EXPOSURE = 2.5  # the most that systemd-analyze security may say
 Unit = dict[str, list[str]]
+DEFAULTS = {name: rule.default for name, rule in ms.RULES.items()}
 
 # Load, as systemd does, seccomp filters for: the system calls, the address families, memory written and executed.
 SECCOMP = r'''
@@ -199,10 +200,10 @@ def test_the_upgrade_lines_take_over_the_settings_of_a_script(tmp_path: pathlib.
     former.write_text(source)
     line = line.replace("/root/milter_sysuser-1.0.py", str(former)).replace("/etc/milter_sysuser.conf", str(conf))
     subprocess.run(["sh", "-ec", line], check=True)
-    values = {**ms.DEFAULTS, "settings_file": str(conf)}
+    values = {**DEFAULTS, "settings_file": str(conf)}
     sources, problems = ms.take_settings_file(values)
-    assert not problems and sources.keys() == ms.DEFAULTS.keys() - {"timeout", "settings_file"}
-    assert values == {**ms.DEFAULTS, **settings, "timeout": 0, "settings_file": str(conf)}
+    assert not problems and sources.keys() == DEFAULTS.keys() - {"timeout", "settings_file"}
+    assert values == {**DEFAULTS, **settings, "timeout": 0, "settings_file": str(conf)}
 
 
 def test_the_settings_that_the_readme_shows_are_a_settings_file(tmp_path: pathlib.Path, root: None) -> None:
@@ -210,7 +211,7 @@ def test_the_settings_that_the_readme_shows_are_a_settings_file(tmp_path: pathli
     text = README.read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
     conf = tmp_path / "milter_sysuser.conf"
     conf.write_text("".join(line[4:] + "\n" for line in text.splitlines() if line.startswith("    ")))
-    sources, problems = ms.take_settings_file({**ms.DEFAULTS, "settings_file": str(conf)})
+    sources, problems = ms.take_settings_file({**DEFAULTS, "settings_file": str(conf)})
     assert sources and not problems
 
 

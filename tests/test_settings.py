@@ -9,6 +9,7 @@ import itertools
 import os
 import pathlib
 import pwd
+import re
 import socket
 import subprocess
 import sys
@@ -25,7 +26,8 @@ import mta
 sys.path.append(str(mta.SCRIPT.parent))
 import milter_sysuser as ms  # noqa: E402
 
-FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit"
+DEFAULTS = {name: rule.default for name, rule in ms.RULES.items()}
+FIELDS = "must be a list of user, uid, program, pid, exe, args, dir, unit, none of them twice"
 WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said of it)
     "socketname": [("milter.sock", "must be an absolute path"), ("/no/such/directory/sock", "no directory /no/such/dir"),
                    (None, "must be an absolute path"), ("/tmp/" + "x" * 103, "at most 107 bytes"), ("", "absolute path"),
@@ -47,9 +49,9 @@ WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said o
                        (None, "one of"), (["reject"], "one of")],
     "unidentified_action": [("log", "one of 'accept', 'tempfail', 'quarantine', 'reject'"), (True, "one of")],
     "hourly_limits": [(200, "must be like"), ({"*": True}, "'*': a limit is a whole number"), ({"*": -1}, "whole number"),
-                      ({"*": "200"}, "whole number"), ({"no-such-user": 1}, "there is no user 'no-such-user'"),
+                      ({"*": "200"}, "whole number"), ({"no such:user": 1}, "there is no user 'no such:user'"),
                       ({"root": 1.5}, "'root': a limit"), ([("*", 200)], "must be like"), ({True: 1}, "no user True"),
-                      ({None: 1}, "no user None")],
+                      ({None: 1}, "no user None"), ({"@root": 1}, "no user '@root'"), ({"4711": 1}, "no user '4711'")],
     "header_name": [("X Sender", "printable ASCII"), ("X-Sender:", "no colon"), ("", "1 to 76"), ("X" * 77, "1 to 76"),
                     ("Sündër", "ASCII"), (None, "1 to 76"), ("X-A\nX-B", "printable"), (b"X", "1 to 76")],
     "header_fields": [("user", FIELDS), (["user", "nonsense"], FIELDS), (["user", "user"], "twice"), (None, FIELDS),
@@ -94,15 +96,13 @@ def test_the_settings_stand_in_the_script_as_delivered() -> None:
     """What --check compares them with is what the block says, in its order; each has its four parts."""
     block = mta.SCRIPT.read_text().partition("= settings\n")[2].partition("= end of settings")[0]
     delivered = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(block).body}
-    script = ast.parse(mta.SCRIPT.read_text())
-    (defaults,) = [node.value for node in script.body if isinstance(node, ast.AnnAssign) and node.target.id == "DEFAULTS"]
-    assert ast.literal_eval(defaults) == delivered and list(ast.literal_eval(defaults)) == list(delivered)
+    assert DEFAULTS == delivered and list(DEFAULTS) == list(delivered)
     assert not [text for text in block.split("\n\n")[1:] if "The trap:" not in text or "Example:" not in text.replace("\n#", "")]
 
 
 def test_several_wrong_entries_of_one_list_are_each_named(make_milter: Callable) -> None:
     """The administrator mends them in one go."""
-    lines = problems(make_milter(blocked_mailusers=["root", "a:b", 7, True], hourly_limits={"*": -1, "nope!": 1}))
+    lines = problems(make_milter(blocked_mailusers=["root", "a:b", 7, True], hourly_limits={"*": -1, "no:pe": 1}))
     assert [line.rpartition("]: ")[2][:5] for line in lines if line.startswith("blocked_")] == ["'a:b'", "True "]
     assert sum(line.startswith("hourly_limits") for line in lines) == 2
 
@@ -131,6 +131,31 @@ def test_a_blocked_name_that_does_not_exist_is_a_warning(make_milter: Callable) 
     lines = milter.wait_lines("not found", 2)
     assert len(lines) == 2 and all(" WARNING blocked_mailusers: " in line for line in lines)
     assert "no-such-user-here is not found" in lines[0] and "@no-such-group is not found" in lines[1]
+
+
+def test_a_limit_of_a_user_who_does_not_exist_is_a_warning(make_milter: Callable) -> None:
+    """He may have been removed since: no reason not to start; the other limits hold."""
+    milter = make_milter(hourly_limits={"no-such-user": 5, "root": None, 4711: 5, "nobody": 0}).start()
+    (line,) = milter.lines("no-such-user")
+    assert " WARNING hourly_limits: no-such-user is not found" in line
+    with mta.Clients("nobody") as clients:
+        assert clients.send(milter)[0].startswith("450 4.7.1 User nobody is over the limit of 0 ")
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("timeout", "0x{digits}"), ("timeout", "'{nines}'"), ("run_as_user", "0x{digits}"), ("run_as_user", "'{nines}'"),
+    ("blocked_mailusers", "[0x{digits}]"), ("blocked_mailusers", "['{nines}']"), ("allowed_mailusers", "['{nines}']"),
+    ("blocked_mailusers_file", "0x{digits}"), ("hourly_limits", "{{'*': 0x{digits}}}"),
+    ("hourly_limits", "{{'{nines}': 1}}"), ("hourly_limits", "{{0x{digits}: 1}}"), ("hourly_limits", "{{'*': '{nines}'}}"),
+    ("header_fields", "[0x{digits}]"), ("lsof_command", "[0x{digits}]"), ("header_name", "0x{digits}")])
+def test_a_number_of_5000_digits_in_the_script_is_a_problem_with_a_name(setting: str, value: str,
+                                                                        make_milter: Callable) -> None:
+    """Python itself refuses to write or read one that is not hexadecimal."""
+    milter = make_milter()
+    text = value.format(digits="f" * 5000, nines="9" * 5000)
+    milter.script.write_text(re.sub(f"^{setting} = .*", f"{setting} = {text}", milter.script.read_text(), flags=re.M))
+    (line,) = problems(milter)
+    assert line.startswith(f"{setting} = ") and len(line) < 3000
 
 
 @pytest.mark.parametrize("settings", [{"blocked_mailusers": ["root"]}, {"hourly_limits": {"*": 9}}], ids=str)
@@ -214,9 +239,9 @@ def test_a_value_that_breaks_a_rule_is_named_with_its_place(conf: pathlib.Path, 
     conf.write_text('timeout = True\n# now\nblocked_mailusers = ["root", "a:b", -1]\nheader_fields = {}\n')
     assert problems(make_milter(settings_file=str(conf), lsof_command="lsof")) == [
         f"{conf}, line 1: timeout = True: must be a whole number of seconds from 0 to 2147483",
-        f"{conf}, line 4: header_fields = {{}}: {FIELDS}",
         *(f"{conf}, line 3: blocked_mailusers = ['root', 'a:b', -1]: {entry} is not a user name, a numeric uid or "
           '"@group"' for entry in ("'a:b'", "-1")),
+        f"{conf}, line 4: header_fields = {{}}: {FIELDS}",
         "lsof_command = 'lsof': must be a list of words, or []"]
 
 
@@ -312,7 +337,7 @@ def test_a_settings_file_that_whoever_starts_it_may_not_read_is_one_line(conf: p
     assert line.startswith(f"settings_file = {str(conf)!r}: ") and "Permission denied" in line
 
 
-@given(st.lists(st.one_of(st.text(), st.sampled_from(sorted(ms.DEFAULTS)).flatmap(
+@given(st.lists(st.one_of(st.text(), st.sampled_from(sorted(DEFAULTS)).flatmap(
     lambda name: st.one_of(st.text(), st.integers().map(repr), st.lists(st.text()).map(repr)).map(
         lambda value: f"{name} = {value}")))))
 def test_each_line_of_a_settings_file_is_taken_or_named_and_none_is_both(lines: list[str]) -> None:
@@ -321,11 +346,11 @@ def test_each_line_of_a_settings_file_is_taken_or_named_and_none_is_both(lines: 
     with tempfile.NamedTemporaryFile() as file:
         file.write(text)
         file.flush()
-        values = {**ms.DEFAULTS, "settings_file": file.name}
+        values = {**DEFAULTS, "settings_file": file.name}
         sources, said = ms.take_settings_file(values)
     meant = [line for line in text.decode().split("\n") if line.strip() and not line.lstrip().startswith("#")]
     taken = list(sources.values())
-    assert len(taken) + len(said) == len(meant) and set(values) == set(ms.DEFAULTS)
+    assert len(taken) + len(said) == len(meant) and set(values) == set(DEFAULTS)
     assert all(line.startswith(f"{file.name}, line ") for line in taken + said)
 
 
@@ -346,6 +371,14 @@ def test_an_ordinary_user_can_run_it_as_himself(run_as_user: Any, make_milter: C
     milter = make_milter(user="mst-alice", run_as_user=run_as_user).start()
     assert os.stat(milter.socketname).st_uid == users.alice.pw_uid
     assert not milter.lines("ERROR")
+
+
+def test_a_root_that_may_not_become_run_as_user_is_one_line(make_milter: Callable) -> None:
+    """A container without CAP_SETUID."""
+    milter = make_milter(prefix=["setpriv", "--bounding-set=-setuid,-setgid"])
+    assert milter.run() == 1
+    (line,) = milter.lines()
+    assert "ERROR could not start as postfix: " in line and "Operation not permitted" in line
 
 
 def test_a_directory_that_run_as_user_may_not_write_to_is_a_problem(make_milter: Callable,

@@ -369,6 +369,7 @@ def test_with_neither_way_users_are_right_and_the_program_says_why_not(settings:
     (message,) = mail.postfix.wait_messages(1)
     assert message.get_all("X-Sender-Process-Info") == ["user=mst-alice program=?"]
     assert "lookup=not-permitted" in mail.milter.wait_lines("action=tag")[0]
+    assert not mail.milter.helper_pids()
 
 
 def test_without_the_rule_sudo_is_asked_once_and_never_tried(sudoers: Any, wrapper: Any, make_milter: Any,
