@@ -2576,20 +2576,19 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
 
 def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
-    shared, lists = SysuserMilter, Directory()  # a long list must not hold up a sender
-    shared.directory, shared.limits = Directory(), Limits(hourly_limits)
-    shared.blocked = UserList(lists, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
+    milter, directory = SysuserMilter, Directory()
+    milter.directory, milter.limits = directory, Limits(hourly_limits)
+    milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
                               os.geteuid())
+    milter.blocked.now()
     if allowed_mailusers is not None:
-        shared.allowed = UserList(lists, "allowed_mailusers", allowed_mailusers)
-    for users in filter(None, (shared.blocked, shared.allowed)):
-        users.now()
-        users.warn_of_doubles()
-    if shared.blocked.problem:  # root could read the file, run_as_user cannot
+        milter.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
+        milter.allowed.now()
+    if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
     for name in not_found(hourly_limits):
         say(WARNING, f"hourly_limits: {name} is not found: mend the name, or start again when there is that user")
-    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or shared.allowed
+    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or milter.allowed
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
 
