@@ -1651,34 +1651,46 @@ class Finder:
         self.debts: dict[Any, tuple[float, float]] = {}  # by payer: seconds, and when he owed them
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
-        self.deadline, self.links, self.denied = 0.0, 0, False
+        self.deadline, self.links = 0.0, 0  # what is left of its budget
 
     def answer(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
-        """Answer a question about the process that has a socket; {"why": word} if that is not known."""
+        """Find the process that has a socket and read what is asked for; {"why": word} if that fails."""
         readers = {WHO_HAS: self.read_holder, WHAT_WAS_DIALLED: self.read_destination}
+        read = readers.get(kind, self.read_holder)
         self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
+
+        def find_and_read() -> Facts:
+            for _ in range(3):  # what has it may end, or move it, and another may have it still
+                found = self.find_holder()
+                if found is None:
+                    return {"why": "not-found"}
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    return read(*found)
+            return {"why": "gone"}
         payer: Any = (uid, cgroup)  # others may have crowded root's cgroup, so root pays in that one only
         if uid:
             with contextlib.suppress(OSError, ValueError):  # whoever has many uids delegated pays as one
                 payer = min(delegated_to(uid), default=uid)
-        return self.charged(payer, lambda: self.find_and(readers.get(kind, self.read_holder)))
+        return self.charged(payer, find_and_read)
 
     def charged(self, payer: Any, search: Callable[[], Facts]) -> Facts:
-        """Have a search done at a payer's expense; {"why": word} if it failed.
+        """Have a search done at a payer's expense; {"why": word} if it fails.
 
         He owes the processor time that it takes, and a debt shrinks by a tenth of the time that
-        passes. While he owes too much, he is told so at once, and the helper has time for others.
+        passes. While he owes too much he is told so at once, and the helper has time for others.
         """
         began, now = time.process_time(), time.monotonic()
         owed, then = self.debts.get(payer, (0.0, now))
         owed = max(0.0, owed - SHARE * (now - then))
         if owed > AHEAD_SECONDS:
             return {"why": "busy"}
-        self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
+        self.deadline, self.links = now + SEARCH_SECONDS, SEARCH_LINKS
         try:
             return search()
         except BusyError:
             return {"why": "busy"}
+        except PermissionError:
+            return {"why": "not-permitted"}
         except (OSError, struct.error):
             return {"why": "gone"}
         finally:
@@ -1687,16 +1699,6 @@ class Finder:
                 cost += ARGS_SECONDS  # others have waited for a command line that hangs
             if cost > FREE_SECONDS:
                 remember(self.debts, payer, (owed + cost - FREE_SECONDS, now))
-
-    def find_and(self, read: Callable[[int, str], Facts]) -> Facts:
-        """Find the process that has the socket, and read what is asked for; OSError if that fails."""
-        for _ in range(3):  # what has it may end, or move it, and another may have it still
-            found = self.find_holder()
-            if found is None:
-                return {"why": "not-permitted" if self.denied else "not-found"}
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                return read(*found)
-        return {"why": "gone"}
 
     def read_holder(self, pid: int, link: str) -> Facts:
         """Say what the process is that has the socket behind a link; OSError if it has it no more."""
@@ -1769,33 +1771,25 @@ class Finder:
         return 0
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
-        """Give the link to the socket, which a place is or a table has; None if it is not to be seen."""
-        if not place.endswith("fd"):
-            with contextlib.suppress(OSError):
+        """Give the link to the socket, which a place is or a table has; None if there is none; OSError."""
+        # A process that has ended has none. What else goes wrong must not hide a holder.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if not place.endswith("fd"):
                 return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
-            return None
-        try:
             directory = os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)
-        except PermissionError:
-            self.denied = True
-            return None
-        except (FileNotFoundError, ProcessLookupError):
-            return None  # it has ended; what else goes wrong must not hide a holder
-        try:
-            if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
-                raise BusyError
-            descriptors = os.listdir(directory)
-            self.charge(len(descriptors))
-            for descriptor in reversed(descriptors):  # what was opened last stands last
-                try:
-                    if os.readlink(descriptor, dir_fd=directory) == self.target:
-                        return f"{place}/{descriptor}"
-                except OSError:
-                    pass  # closed meanwhile, or not to be seen
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # it has ended
-        finally:
-            os.close(directory)
+            try:
+                if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
+                    raise BusyError
+                descriptors = os.listdir(directory)
+                self.charge(len(descriptors))
+                for descriptor in reversed(descriptors):  # what was opened last stands last
+                    try:
+                        if os.readlink(descriptor, dir_fd=directory) == self.target:
+                            return f"{place}/{descriptor}"
+                    except OSError:
+                        pass  # closed meanwhile, or not to be seen
+            finally:
+                os.close(directory)
         return None
 
     def charge(self, links: int) -> None:
@@ -1824,7 +1818,7 @@ def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
 def thread_tables(pid: int) -> list[str]:
     """Give the tables of a process's other threads, which need not be its first one's."""
     threads: list[str] = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if os.stat(f"/proc/{pid}/task").st_nlink > 3:
             threads = os.listdir(f"/proc/{pid}/task")
     return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
