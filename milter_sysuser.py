@@ -159,13 +159,7 @@ MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
 # as much again and more for what programs add.
 MOST_HEADERS = 1000
 RIVAL_SECONDS = 0.3  # what a session waits at most for another's queue id
-HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
-SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
-PAUSE_SECONDS = 2.0  # for the user whose search ran over that, so that others get their turn
-LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
-ARGS_SECONDS = 0.05  # reading a command line can be made to hang
 COMPLAINT_SECONDS = 60  # between two lines that complain of the same
-FACT_BYTES = 512  # of each fact from the process table
 VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
 LINE_BYTES = 4000  # of a line in the log: below PIPE_BUF, so that a pipe takes all of it or nothing
 MOST_REMEMBERED = 10_000  # entries in each memory; the longest unused is forgotten first
@@ -187,14 +181,10 @@ LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
 # What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
 NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
             errno.EAFNOSUPPORT}
-# linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h, in.h, in6.h; asm-generic/unistd.h
-SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
-PIDFD_OPEN, PIDFD_GETFD = 434, 438
 # user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
 OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
-# linux/prctl.h, exportfs.h; malloc.h of glibc
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
-FILEID_KERNFS, M_ARENA_MAX = 0xFE, -8
+
+M_ARENA_MAX = -8  # malloc.h of glibc
 
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
@@ -420,8 +410,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return Sender(None, "" if owner is REMOTE else owner.why)
         account = self.account or self.directory.account(owner.uid)
         other = None
-        if facts.get("holder", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder"])
+        if facts.get("holder_uid", owner.uid) != owner.uid:
+            holder = self.directory.account(facts["holder_uid"])
             other = holder if holder.uid != account.uid else None
         why = self.why_not_named(account)
         if why:
@@ -447,7 +437,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if self.owner is REMOTE:
             return Verdict("pass")
         blocked = self.blocked.entries if by_memory else self.blocked.now()
-        allowed = self.allowed and (self.allowed.entries if by_memory else self.allowed.now())
+        allowed = None
+        if self.allowed:
+            allowed = self.allowed.entries if by_memory else self.allowed.now()
         for suspect in sender.suspects():
             refused = refusal_of(suspect, blocked, allowed)
             if refused:
@@ -992,15 +984,15 @@ def why_not_root(port: int, facts: Facts) -> str:
 
     Root's programs leave sockets to processes of others, who can disconnect them and dial with
     them. A listener still has its server's port. Whoever has an accepted one is looked for by those
-    who describe the process; "holder" says whether that is anyone but root.
+    who describe the process; "holder_uid" says whether that is anyone but root.
     """
     # The ports that the kernel gives to clients by itself.
     low, high = map(int, read_file("/proc/sys/net/ipv4/ip_local_port_range").split())
     if not low <= port <= high:
         return "handed-down"
-    if "holder" not in facts:
+    if "holder_uid" not in facts:
         return str(facts.get("why", "error"))
-    return "" if facts["holder"] == 0 else "handed-down"
+    return "" if facts["holder_uid"] == 0 else "handed-down"
 
 
 # --------------------------------------------------------- policy: who that is, and what he may do
@@ -1548,6 +1540,15 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
 # answers in JSON: the number, and facts about one process or an address and a port.
 QUESTION = struct.Struct("=QBIQQ")
 WHO_HAS, WHAT_WAS_DIALLED = 1, 2
+HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
+LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
+
+
+class Helper(NamedTuple):
+    """The process that may see other users' processes."""
+
+    channel: socket.socket
+    pid: int
 
 
 class Describer:
@@ -1556,14 +1557,15 @@ class Describer:
     The helper is asked one thing at a time. While an answer is overdue, nobody waits for it.
     """
 
-    def __init__(self, channel: Optional[socket.socket], by_lsof: Optional[bool]) -> None:
-        """Make one; by_lsof: whether sudo allows it; None: asked when the helper has ended."""
-        self.channel, self.by_lsof = channel, by_lsof
-        self.lock, self.number, self.owes, self.asked = threading.Lock(), 0, False, 0.0
+    def __init__(self, helper: Optional[Helper], by_lsof: bool = False) -> None:
+        """Make one; by_lsof: whether sudo allows it, which is asked again when the helper has ended."""
+        self.helper, self.by_lsof, self.why_nobody = helper, by_lsof, "not-permitted"
+        self.lock, self.number = threading.Lock(), 0
+        self.owed_until = 0.0  # when the last question's answer is overdue; 0: it has come
         self.running: list[subprocess.Popen[bytes]] = []  # calls of lsof, also those past their time
         self.started = 0.0  # the last of them, on the monotonic clock
-        if channel:
-            threading.Thread(target=self._watch, args=(channel,), daemon=True).start()
+        if helper:
+            threading.Thread(target=self._watch, args=(helper,), daemon=True).start()
 
     def describe(self, owner: ClientSocket) -> Facts:
         """Say which process has a socket, and what it is; {"why": word} if that is not known."""
@@ -1572,37 +1574,35 @@ class Describer:
                 return describe_psutil(owner.process)
             if owner.inode == 0:
                 return {"why": "gone"}
-            if self.channel:
+            if self.helper or not self.by_lsof:
                 return self._ask_helper(WHO_HAS, owner.uid or 0, owner.inode, owner.cgroup)
-            return self._ask_lsof(owner) if self.by_lsof else {"why": "no-helper"}
+            return self._ask_lsof(owner)
         except psutil.Error:
             return {"why": "gone"}
         except OSError as error:  # no process, no descriptor, no sudo
             complain("a process could not be described", str(error))
             return {"why": "error"}
 
-    def dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
-        """Say what the client of the MTA's end dialled before NAT redirected it; or why not."""
+    def what_was_dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
+        """Say what the client of the MTA's end dialled before NAT redirected it; or why not, in a word."""
         facts = self._ask_helper(WHAT_WAS_DIALLED, mta_end.uid, mta_end.inode, mta_end.cgroup)
         if "address" in facts:
             return endpoint(facts["address"], facts["port"])
         return str(facts["why"]) if facts.get("why") in ("busy", "timeout") else "redirected"
 
     def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
-        deadline = time.monotonic() + HELPER_SECONDS
+        helper, deadline = self.helper, time.monotonic() + HELPER_SECONDS
+        if helper is None:
+            return {"why": self.why_nobody}
         if not self.lock.acquire(timeout=HELPER_SECONDS):
             return {"why": "busy"}
         try:
-            channel = self.channel
-            if channel is None:
-                return {"why": "no-helper"}
             # Whoever asked before gave up too early for this answer: it is waited for until it is overdue.
-            if self.owes and self._receive(channel, min(deadline, self.asked + HELPER_SECONDS)) is None:
+            if self.owed_until and self._receive(helper.channel, min(deadline, self.owed_until)) is None:
                 return {"why": "timeout"}
-            self.number, self.asked = self.number + 1, time.monotonic()
-            channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup), socket.MSG_DONTWAIT)
-            self.owes = True
-            return self._receive(channel, deadline) or {"why": "timeout"}
+            self.number, self.owed_until = self.number + 1, time.monotonic() + HELPER_SECONDS
+            helper.channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup), socket.MSG_DONTWAIT)
+            return self._receive(helper.channel, deadline) or {"why": "timeout"}
         except OSError:  # it has ended just now, which _watch says
             return {"why": "no-helper"}
         finally:
@@ -1619,7 +1619,7 @@ class Describer:
                 raise ConnectionError
             try:
                 facts = dict(json.loads(data))
-                number, holder = facts.pop("number"), facts.get("holder", 0)
+                number, holder = facts.pop("number"), facts.get("holder_uid", 0)
                 if not whole(number) or not whole(holder) or holder >= 1 << 32:
                     raise ValueError
                 if "address" in facts:
@@ -1629,16 +1629,13 @@ class Describer:
                 complain("the helper gave an answer that is none")
                 continue
             if number == self.number:  # else it was late
-                self.owes = False
+                self.owed_until = 0.0
                 return facts
         return None
 
-    def _watch(self, channel: socket.socket) -> None:
-        poll = select.poll()
-        poll.register(channel, 0)  # nothing but its end
-        poll.poll()
-        self.channel = None
-        self.by_lsof = lsof_allowed() if self.by_lsof is None else self.by_lsof
+    def _watch(self, helper: Helper) -> None:
+        os.waitpid(helper.pid, 0)
+        self.helper, self.by_lsof, self.why_nobody = None, lsof_allowed(), "no-helper"
         programs = "come through lsof" if self.by_lsof else "and root stay unknown"
         say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
 
@@ -1648,34 +1645,34 @@ class Describer:
             return {"why": "not-found"}
         if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another holder may be among those left out
             return {"why": "busy"}
-        arguments, deadline = lsof_arguments(list(processes)[:LSOF_PIDS]), time.monotonic() + LSOF_SECONDS
-        lsof = self._start_lsof(arguments)
-        # While the last call that was started may still end in time, there may be a place.
-        while lsof is None and time.monotonic() < min(deadline, self.started + LSOF_SECONDS):
+        command = lsof_command + lsof_arguments(list(processes)[:LSOF_PIDS])
+        deadline, pipe = time.monotonic() + LSOF_SECONDS, subprocess.PIPE
+        while True:
+            with self.lock:
+                self.running = [lsof for lsof in self.running if lsof.poll() is None]
+                if len(self.running) < LSOF_PROCESSES:
+                    lsof = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
+                                            env={**os.environ, "LC_ALL": "C"})
+                    self.running.append(lsof)
+                    self.started = time.monotonic()
+                    break
+            # While the last call that was started may still end in time, there may be a place.
+            if time.monotonic() > min(deadline, self.started + LSOF_SECONDS):
+                return {"why": "busy"}
             time.sleep(0.01)
-            lsof = self._start_lsof(arguments)
-        return read_lsof(lsof, owner, processes) if lsof else {"why": "busy"}
-
-    def _start_lsof(self, arguments: list[str]) -> Optional[subprocess.Popen[bytes]]:
-        """Call lsof; None if as many calls as may be are under way."""
-        with self.lock:
-            self.running = [lsof for lsof in self.running if lsof.poll() is None]
-            if len(self.running) == LSOF_PROCESSES:
-                return None
-            self.started, pipe = time.monotonic(), subprocess.PIPE
-            self.running.append(subprocess.Popen(
-                lsof_command + arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
-                env={**os.environ, "LC_ALL": "C"}))
-            return self.running[-1]
+        return read_lsof(lsof, owner, processes)
 
 
-def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38  # linux/prctl.h
+
+
+def fork_helper(user: Optional[pwd.struct_passwd]) -> Helper:
     """Fork the helper: the milter's uid, and the privilege it takes to see open files."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    if os.fork():
+    parent, child = os.getpid(), os.fork()
+    if child:
         far.close()
-        return near
+        return Helper(near, child)
     try:
         near.close()
         os.chdir("/")
@@ -1683,17 +1680,15 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> socket.socket:
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.closerange(3, far.fileno())
-        highest = max(map(int, os.listdir("/proc/self/fd" if LINUX else "/dev/fd")))
+        highest = max(map(int, os.listdir("/proc/self/fd")))
         os.closerange(far.fileno() + 1, 1 + highest)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
-        if LINUX:
-            LIBC.prctl(PR_SET_KEEPCAPS, 1)
+        LIBC.prctl(PR_SET_KEEPCAPS, 1)
         become(user)
         set_capabilities(CAPS_TO_SEE_OTHERS)
-        if LINUX:
-            LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the uid would forget this
+        LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the uid would forget this
         if os.getppid() == parent:
             serve(far, Finder(wanted_facts()))
     except (ConnectionError, PermissionError):
@@ -1719,6 +1714,14 @@ def wanted_facts() -> tuple[str, ...]:
     return tuple(field for field in FIELDS if field in header_fields or field in log_fields)
 
 
+SEARCH_SECONDS, SEARCH_LINKS = 0.2, 100_000  # what one search may cost
+# What a payer may take of the helper's processor time: this share of it, of which he may be so many
+# seconds ahead. An ordinary question takes a fraction of what is free.
+SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.001
+ARGS_SECONDS = 0.05  # reading a command line can be made to hang
+FACT_BYTES = 512  # of each fact from the process table
+
+
 class BusyError(Exception):
     """A search has used up its budget."""
 
@@ -1731,64 +1734,76 @@ class Finder:
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
-        self.recent: dict[int, list[int]] = {}  # by uid: processes that had a socket of his lately
-        self.paused_until: dict[Any, float] = {}  # by user: a time on the monotonic clock
+        # By uid, the latest last: processes that had a socket of his, and the links to it in them.
+        self.recent: dict[int, tuple[list[int], list[str]]] = {}
+        self.debts: dict[Any, tuple[float, float]] = {}  # by payer: seconds, and when he owed them
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
-        self.deadline, self.links, self.denied = 0.0, 0, False
+        self.deadline, self.links = 0.0, 0  # what is left of its budget
 
     def answer(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
-        """Describe the process that has a socket, or say what an accepted one's client dialled.
-
-        {"why": word} if that is not known.
-        """
-        now = time.monotonic()
-        # Others may have crowded root's cgroup, so root pauses in that one only.
-        payer = self.payer(uid) if uid else (uid, cgroup)
-        if self.paused_until.get(payer, 0.0) > now:
-            return {"why": "busy"}
-        self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
-        self.deadline, self.links, self.denied = now + SEARCH_SECONDS, SEARCH_LINKS, False
-        processor_then = time.process_time()
+        """Find the process that has a socket and read what is asked for; {"why": word} if that fails."""
+        readers = {WHO_HAS: self.read_holder, WHAT_WAS_DIALLED: self.read_destination}
+        read = readers.get(kind, self.read_holder)
         self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
-        try:
+
+        def find_and_read() -> Facts:
             for _ in range(3):  # what has it may end, or move it, and another may have it still
                 found = self.find_holder()
                 if found is None:
-                    return {"why": "not-permitted" if self.denied else "not-found"}
+                    return {"why": "not-found"}
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    return (self.dialled if kind == WHAT_WAS_DIALLED else self.describe)(*found)
-        except BusyError:
-            # Where the machine is slow, and not the search long, the user has not to pause for it.
-            if self.links < 0 or time.process_time() - processor_then > SEARCH_SECONDS / 2:
-                self.paused_until[payer] = time.monotonic() + PAUSE_SECONDS
+                    return read(*found)
+            return {"why": "gone"}
+        payer: Any = (uid, cgroup)  # others may have crowded root's cgroup, so root pays in that one only
+        if uid:
+            with contextlib.suppress(OSError, ValueError):  # whoever has many uids delegated pays as one
+                payer = min(delegated_to(uid), default=uid)
+        return self.charged(payer, find_and_read)
+
+    def charged(self, payer: Any, search: Callable[[], Facts]) -> Facts:
+        """Have a search done at a payer's expense; {"why": word} if it fails.
+
+        He owes the processor time that it takes, and a debt shrinks by a tenth of the time that
+        passes. While he owes too much he is told so at once, and the helper has time for others.
+        """
+        began, now = time.process_time(), time.monotonic()
+        owed, then = self.debts.get(payer, (0.0, now))
+        owed = max(0.0, owed - SHARE * (now - then))
+        if owed > AHEAD_SECONDS:
             return {"why": "busy"}
+        self.deadline, self.links = now + SEARCH_SECONDS, SEARCH_LINKS
+        try:
+            return search()
+        except BusyError:
+            return {"why": "busy"}
+        except PermissionError:
+            return {"why": "not-permitted"}
         except (OSError, struct.error):
-            pass
-        return {"why": "gone"}
+            return {"why": "gone"}
+        finally:
+            cost = time.process_time() - began
+            if "args" in self.wanted and time.monotonic() - now > cost + ARGS_SECONDS:
+                cost += ARGS_SECONDS  # others have waited for a command line that hangs
+            if cost > FREE_SECONDS:
+                remember(self.debts, payer, (owed + cost - FREE_SECONDS, now))
 
-    def payer(self, uid: int) -> Any:
-        """Give the user whose time a search costs: whoever has many uids delegated pays as one."""
-        with contextlib.suppress(OSError, ValueError):
-            return min(delegated_to(uid), default=uid)
-        return uid
-
-    def describe(self, pid: int, link: str) -> Facts:
+    def read_holder(self, pid: int, link: str) -> Facts:
         """Say what the process is that has the socket behind a link; OSError if it has it no more."""
         # What is read here is of one process, even if its number is given to another now.
         directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
         try:
             if os.readlink(link, dir_fd=directory) != self.target:
                 raise FileNotFoundError
-            holder = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
+            holder_uid = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
             facts = read_process(directory, self.wanted, link.rpartition("fd/")[0])
             if self.uid == 0:  # all its uids must be root's, and nobody else may have the socket, too
-                holder = max(uids_of("status", directory)) or self.find_other_holder()
-            return {"pid": pid, **facts, "holder": holder}
+                holder_uid = max(uids_of("status", directory)) or self.find_other_holder()
+            return {"pid": pid, **facts, "holder_uid": holder_uid}
         finally:
             os.close(directory)
 
-    def dialled(self, pid: int, link: str) -> Facts:
+    def read_destination(self, pid: int, link: str) -> Facts:
         """Say what the client of the accepted socket behind a link dialled; OSError as above."""
         with copy_of_socket(pid, int(os.path.basename(link))) as copy:
             if f"socket:[{os.fstat(copy.fileno()).st_ino}]" != self.target:
@@ -1797,25 +1812,33 @@ class Finder:
 
     def find_holder(self) -> Optional[tuple[int, str]]:
         """Find a process that has the socket, and the link below its directory, or None."""
-        recent = self.recent.get(self.uid, [])
-        for pid, table in self.tables_by_likelihood(recent):
-            link = self.link_to_target(pid, table)
+        pids, links = self.recent.get(self.uid, ([], []))
+        for pid, place in self.places_by_likelihood(pids, links):
+            link = self.link_to_target(pid, place)
             if link:
-                remember(self.recent, self.uid, list(dict.fromkeys([pid] + recent))[:8])
+                pids = [*(old for old in pids if old != pid), pid][-8:]
+                links = [*(old for old in links if old != link), link][-4:]
+                remember(self.recent, self.uid, (pids, links))
                 return pid, link
         return None
 
-    def tables_by_likelihood(self, recent: list[int]) -> Iterator[tuple[int, str]]:
-        """Give processes and, below their directories, descriptor tables; the user's own first."""
+    def places_by_likelihood(self, recent: list[int], links: list[str]) -> Iterator[tuple[int, str]]:
+        """Give processes and, below their directories, links or descriptor tables to look at.
+
+        The user's own come first, the newest of them before the others.
+        """
         own: dict[int, bool] = {}  # by pid: whether it is the user's
-        sources = (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids)
-        for source in sources:
-            for pid in source():
-                if pid not in own:
-                    self.charge(1)
-                    own[pid] = owner_of(pid) == self.uid
-                    if own[pid]:
-                        yield pid, "fd"
+
+        def is_own(pid: int) -> bool:
+            if pid not in own:
+                self.charge(1)
+                own[pid] = owner_of(pid) == self.uid
+            return own[pid]
+        for source in (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
+            pids = [pid for pid in reversed(source()) if pid not in own]
+            if links:
+                yield from ((pid, link) for pid in pids if is_own(pid) for link in reversed(links))
+            yield from ((pid, "fd") for pid in pids if is_own(pid))
         for pid in filter(own.get, own):
             yield from ((pid, table) for table in thread_tables(pid))
         yield from ((pid, "fd") for pid in own if not own[pid])
@@ -1826,6 +1849,7 @@ class Finder:
         It is looked for in the socket's cgroup; where that is not known, everywhere.
         """
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
+            self.charge(1)
             try:
                 uid = owner_of(pid) or max(uids_of(f"/proc/{pid}/status"))  # a setuid program's real one
             except (FileNotFoundError, ProcessLookupError):
@@ -1834,29 +1858,26 @@ class Finder:
                 return uid
         return 0
 
-    def link_to_target(self, pid: int, table: str) -> Optional[str]:
-        """Give the link to the socket in a descriptor table; None if none is to be seen."""
-        try:
-            directory = os.open(f"/proc/{pid}/{table}", os.O_RDONLY | os.O_DIRECTORY)
-        except PermissionError:
-            self.denied = True
-            return None
-        except (FileNotFoundError, ProcessLookupError):
-            return None  # it has ended; what else goes wrong must not hide a holder
-        try:
-            if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
-                raise BusyError
-            for descriptor in reversed(os.listdir(directory)):  # what was opened last stands last
-                self.charge(1)
-                try:
-                    if os.readlink(descriptor, dir_fd=directory) == self.target:
-                        return f"{table}/{descriptor}"
-                except OSError:
-                    pass  # closed meanwhile, or not to be seen
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # it has ended
-        finally:
-            os.close(directory)
+    def link_to_target(self, pid: int, place: str) -> Optional[str]:
+        """Give the link to the socket, which a place is or a table has; None if there is none; OSError."""
+        # A process that has ended has none. What else goes wrong must not hide a holder.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if not place.endswith("fd"):
+                return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
+            directory = os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
+                    raise BusyError
+                descriptors = os.listdir(directory)
+                self.charge(len(descriptors))
+                for descriptor in reversed(descriptors):  # what was opened last stands last
+                    try:
+                        if os.readlink(descriptor, dir_fd=directory) == self.target:
+                            return f"{place}/{descriptor}"
+                    except OSError:
+                        pass  # closed meanwhile, or not to be seen
+            finally:
+                os.close(directory)
         return None
 
     def charge(self, links: int) -> None:
@@ -1885,7 +1906,7 @@ def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
 def thread_tables(pid: int) -> list[str]:
     """Give the tables of a process's other threads, which need not be its first one's."""
     threads: list[str] = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if os.stat(f"/proc/{pid}/task").st_nlink > 3:
             threads = os.listdir(f"/proc/{pid}/task")
     return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
@@ -1927,6 +1948,7 @@ def describe_psutil(process: psutil.Process) -> Facts:
     return facts
 
 
+@functools.lru_cache(maxsize=256)  # many processes are in one
 def unit_of(cgroups: str) -> Optional[str]:
     """Find the first .service or .scope in /proc/PID/cgroup; users make others below."""
     lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
@@ -1968,6 +1990,11 @@ def read_args(directory: int) -> Optional[str]:
             os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed
 
 
+# asm-generic/unistd.h; linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h, in.h, in6.h
+PIDFD_OPEN, PIDFD_GETFD = 434, 438
+SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
+
+
 def copy_of_socket(pid: int, descriptor: int) -> socket.socket:
     """Take a copy of a socket of a process (pidfd_getfd(2)); OSError, also before Linux 5.6."""
     pidfd = checked(LIBC.syscall(PIDFD_OPEN, pid, 0))
@@ -2003,6 +2030,9 @@ def original_destination(accepted: socket.socket) -> Facts:
         name = accepted.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)  # struct sockaddr_in
         address = socket.inet_ntop(socket.AF_INET, name[4:8])
     return {"address": address, "port": int.from_bytes(name[2:4], "big")}
+
+
+FILEID_KERNFS = 0xFE  # linux/exportfs.h
 
 
 def cgroup_mount() -> Optional[int]:
@@ -2067,8 +2097,8 @@ def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dic
                             complaint)
         return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
     uids = [processes[pid].uids() for pid in holders]
-    holder = max(map(max, uids)) if owner.uid == 0 else uids[0].effective  # a setuid program's real uid, too
-    return {**describe_psutil(processes[holders[0]]), "holder": holder}
+    holder_uid = max(map(max, uids)) if owner.uid == 0 else uids[0].effective  # a setuid program's real uid, too
+    return {**describe_psutil(processes[holders[0]]), "holder_uid": holder_uid}
 
 
 def lsof_holders(output: bytes, inode: int) -> list[int]:
@@ -2562,16 +2592,16 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
     for nobody, "". Raises OSError, RuntimeError if there is no way to start.
     """
     try:
-        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.dialled(mta_end))
+        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
         raise RuntimeError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
-    channel = fork_helper(user) if sees_others() else None
+    helper = fork_helper(user) if sees_others() else None
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
         set_capabilities(0)
-    by_lsof = None if channel else lsof_allowed()  # None: asked when the helper has ended
-    SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(channel, by_lsof)
-    return lack, "the helper" if channel else "sudo lsof" if by_lsof else ""
+    by_lsof = helper is None and lsof_allowed()
+    SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(helper, by_lsof)
+    return lack, "the helper" if helper else "sudo lsof" if by_lsof else ""
 
 
 def prepare_policy() -> None:

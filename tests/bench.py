@@ -363,7 +363,7 @@ def provided(programs: Mapping[str, str]) -> str:
 
 def kernel_lookup(m: Any, describer: Any = None) -> Callable[[Any, Any], Any]:
     """Give what finds the client's socket by both ends; describer: who can tell what a redirected client dialled."""
-    return m.KernelLookup(dialled=getattr(describer, "dialled", lambda mta_end: None)).find_client_socket
+    return m.KernelLookup(dialled=getattr(describer, "what_was_dialled", lambda mta_end: None)).find_client_socket
 
 
 def why_unknown(found: Any) -> str:
@@ -378,7 +378,7 @@ def finder_of(m: Any) -> Any:
 
 def search(m: Any, finder: Any, found: Any, fresh: bool) -> dict:
     """Have the process found that holds a socket; fresh: as if its user had not sent before."""
-    finder.paused_until.clear()  # who has used up his budget is not made to wait here
+    finder.debts.clear()  # who has used up his share is not made to wait here
     if fresh:
         finder.recent.clear()
     return finder.answer(m.WHO_HAS, found.uid, found.inode, found.cgroup)
@@ -386,7 +386,7 @@ def search(m: Any, finder: Any, found: Any, fresh: bool) -> dict:
 
 def by_helper(m: Any) -> Any:
     """Make what has processes described by a helper, which ends when we do."""
-    return m.Describer(m.fork_helper(pwd.getpwnam("postfix")), False)
+    return m.Describer(m.fork_helper(pwd.getpwnam("postfix")))
 
 
 def by_lsof(m: Any, command: list[str]) -> Any:

@@ -976,7 +976,7 @@ def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
             monkeypatch.setattr(script, "SEARCH_SECONDS", 60)  # root's sockets are looked for everywhere
             monkeypatch.setattr(script, "SEARCH_LINKS", 10**9)
             inode = os.fstat(held.fileno()).st_ino
-            assert script.Finder(["program"]).answer(script.WHO_HAS, 0, inode, 0)["holder"] == 0
+            assert script.Finder(["program"]).answer(script.WHO_HAS, 0, inode, 0)["holder_uid"] == 0
 
             def short(real: Callable) -> Callable:
                 def call(name: Any, *arguments: Any, **options: Any) -> Any:

@@ -11,9 +11,11 @@ import pwd
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import types
 from typing import Any, Callable, Iterator, Optional
 
 import psutil
@@ -112,10 +114,9 @@ class Helper:
     """The real helper, its milter's end of the channel in our hands."""
 
     def __init__(self) -> None:
-        before = set(psutil.Process().children())
-        self.channel = ms.fork_helper(pwd.getpwnam("postfix"))
+        self.channel, pid = ms.fork_helper(pwd.getpwnam("postfix"))
         self.channel.settimeout(20)
-        (self.process,) = set(psutil.Process().children()) - before
+        self.process = psutil.Process(pid)
 
     def ask(self, number: int, uid: int, inode: int, cgroup: int = 0, kind: int = ms.WHO_HAS) -> dict[str, Any]:
         """Ask, and read the next answer."""
@@ -254,7 +255,8 @@ class Fake:
     def __init__(self, answer: Callable[[int, socket.socket], None]) -> None:
         near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.numbers: list[int] = []
-        self.describer = ms.Describer(near, False)
+        self.process = subprocess.Popen(["sleep", "600"])  # whose end is the helper's
+        self.describer = ms.Describer(ms.Helper(near, self.process.pid))
 
         def serve() -> None:
             with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # by an end that listens no more
@@ -266,15 +268,21 @@ class Fake:
 
     def close(self) -> None:
         """End it."""
-        self.far.shutdown(socket.SHUT_RDWR)
+        self.end()
         self.thread.join()
         self.far.close()
-        mta.wait_for(lambda: self.describer.channel is None, what="the end to be noticed")
+        mta.wait_for(lambda: self.describer.helper is None, what="the end to be noticed")
+
+    def end(self) -> None:
+        """End its helper, if it has not ended."""
+        self.far.shutdown(socket.SHUT_RDWR)
+        self.process.kill()
 
 
 @pytest.fixture
 def make_fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fake]]:
     """Give describers without a helper; what they complain of is in ms.said."""
+    monkeypatch.setattr(ms, "lsof_command", [])
     monkeypatch.setattr(ms, "said", [], raising=False)
     monkeypatch.setattr(ms, "say", lambda level, text: ms.said.append(text))
     monkeypatch.setattr(ms, "COMPLAINTS", {})
@@ -334,7 +342,7 @@ def test_a_late_answer_that_is_not_overdue_is_waited_for(make_fake: Any) -> None
             answer(channel, number, program=f"p{number}")
     fake = make_fake(one)
     assert fake.describer.describe(OWNER) == {"why": "timeout"}
-    fake.describer.asked = time.monotonic()  # as if whoever gave up had spent his time on waiting for his turn
+    fake.describer.owed_until = time.monotonic() + ms.HELPER_SECONDS  # as if he had waited long for his turn, and then asked
     threading.Timer(0.05, answer, [fake.far, 1], {"program": "late"}).start()
     assert fake.describer.describe(OWNER) == {"program": "p2"}
 
@@ -342,9 +350,9 @@ def test_a_late_answer_that_is_not_overdue_is_waited_for(make_fake: Any) -> None
 NONSENSE = [
     b"nonsense", b"\xff\xfe\x00", b"{", b"null", b"[]", b"4711", b'"number"', b"{}", b'{"number": null}',
     b'{"number": []}', b'{"number": "1"}', b'{"number": 4711, "program": "wrong"}', b'{"number": -1}',
-    b'{"number": 1e400}', b'{"number": 1, "program": "wrong", "holder": ["root"]}', b"[" * 20000, b"[1]", b"[[1, 2]]",
-    b'{"number": 1, "program": "wrong", "holder": -1}', b'{"number": 1, "program": "wrong", "holder": "root"}',
-    b'{"number": 1, "program": "wrong", "holder": 4294967296}', b'{"number":' + b"9" * 5000 + b"}",
+    b'{"number": 1e400}', b'{"number": 1, "program": "wrong", "holder_uid": ["root"]}', b"[" * 20000, b"[1]", b"[[1, 2]]",
+    b'{"number": 1, "program": "wrong", "holder_uid": -1}', b'{"number": 1, "program": "wrong", "holder_uid": "root"}',
+    b'{"number": 1, "program": "wrong", "holder_uid": 4294967296}', b'{"number":' + b"9" * 5000 + b"}",
     b'{"number": 1, "address": "localhost", "port": 25}', b'{"number": 1, "address": 1, "port": 25}',
     b'{"number": 1, "address": "127.0.0.1"}', b'{"number": 1, "address": "127.0.0.1", "port": []}',
     b'{"number": 1, "address": "127.0.0.1", "port": "25"}', b'{"number": 1, "address": "127.0.0.1", "port": 65536}',
@@ -385,7 +393,7 @@ def test_what_a_nonsense_answer_says_of_the_user_is_not_used() -> None:
 
 def test_the_helpers_end_settles_the_question_under_way_and_those_that_come_after(make_fake: Any) -> None:
     """At once, and one line says so."""
-    fake = make_fake(lambda number, channel: channel.shutdown(socket.SHUT_RDWR))
+    fake = make_fake(lambda number, channel: fake.end())
     assert fake.describer.describe(OWNER) == fake.describer.describe(OWNER) == {"why": "no-helper"}
     mta.wait_for(lambda: ms.said, what="the line")
     assert len(ms.said) == 1 and ENDED in ms.said[0]
@@ -398,24 +406,151 @@ def test_no_helper_is_asked_about_a_socket_that_nobody_has(make_fake: Any) -> No
     assert not fake.numbers
 
 
-def test_whoever_has_many_uids_delegated_pauses_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search that ran over its budget is paid for by the user, whichever of the uids asked; others are not paused."""
+# --- its time ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def busy_finder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Give a finder whose searches take as much processor time as is said, and say what it answers."""
+    finder, clock = ms.Finder(["program"]), types.SimpleNamespace(now=1000.0, processor=0.0)
+    monkeypatch.setattr(ms.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(ms.time, "process_time", lambda: clock.processor)
+
+    def ask(uid: int, seconds: float = 0.0, cgroup: int = 0, passed: float = 0.0, waited: float = 0.0) -> str:
+        def search() -> None:
+            clock.processor += seconds
+            clock.now += seconds + waited
+        clock.now += passed
+        monkeypatch.setattr(finder, "find_holder", search)
+        return finder.answer(ms.WHO_HAS, uid, 1, cgroup)["why"]
+    ask.finder = finder
+    return ask
+
+
+def test_a_payer_has_a_tenth_of_the_time_and_some_of_it_at_once(busy_finder: Any) -> None:
+    """Over it he is told so without a search; others are served; what he owes is forgotten as time passes."""
+    said = [busy_finder(1000, 0.02, passed=0.01) for _ in range(1000)]
+    assert said[:5] == ["not-found"] * 5 and 40 < said.count("not-found") < 70, said.count("not-found")
+    assert busy_finder(1001, 0.02) == "not-found" and busy_finder(1000, 0.02) == "busy"
+    assert busy_finder(1000, 0.02, passed=2.0) == "not-found"
+
+
+def test_ordinary_questions_are_free(busy_finder: Any) -> None:
+    """However many, also of who has none left for others."""
+    assert {busy_finder(1000, 0.0009) for _ in range(20_000)} == {"not-found"}
+
+
+def test_one_long_search_is_paid_for_before_the_next(busy_finder: Any) -> None:
+    """Two of the longest, one after the other, would cost others theirs."""
+    assert busy_finder(1000, ms.SEARCH_SECONDS) == "not-found"
+    assert busy_finder(1000) == busy_finder(1000, passed=0.2) == "busy"
+    assert busy_finder(1000, passed=2.0) == "not-found"
+
+
+def test_a_slow_machine_is_nobodys_doing(busy_finder: Any) -> None:
+    """Processor time counts, not how long others kept the helper from it."""
+    assert {busy_finder(1000, 0.0005, waited=0.15) for _ in range(100)} == {"not-found"}
+
+
+def test_a_command_line_that_hangs_is_paid_for(busy_finder: Any) -> None:
+    """It takes no processor time, but the helper waits for it, and so do others."""
+    busy_finder.finder.wanted = ("args",)
+    said = [busy_finder(1000, 0.0005, waited=ms.ARGS_SECONDS + 0.001) for _ in range(100)]
+    assert said[0] == "not-found" and 1 < said.count("not-found") < 10
+
+
+def test_whoever_has_many_uids_delegated_pays_as_one(busy_finder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the user who pays, whichever of the uids asked; others have their own share."""
     delegated = {200000: ["mst-alice"], 200001: ["mst-alice"], 300000: ["mst-bob"]}
     monkeypatch.setattr(ms, "delegated_to", lambda uid: delegated.get(uid, []))
-    finder = ms.Finder(["program"])
+    assert busy_finder(200000, 0.2) == "not-found"
+    assert busy_finder(200001) == "busy"
+    assert busy_finder(300000) == busy_finder(1000) == "not-found"
 
-    def late() -> None:
-        raise ms.BusyError
 
-    def runs_over() -> None:
-        finder.charge(ms.SEARCH_LINKS + 1)
-    monkeypatch.setattr(finder, "find_holder", late)  # on a machine that is slow: nobody's doing
-    assert finder.answer(ms.WHO_HAS, 200000, 1, 0) == {"why": "busy"}
-    monkeypatch.setattr(finder, "find_holder", runs_over)
-    assert finder.answer(ms.WHO_HAS, 200000, 1, 0) == {"why": "busy"}
-    monkeypatch.setattr(finder, "find_holder", lambda: None)
-    assert finder.answer(ms.WHO_HAS, 200001, 1, 0) == {"why": "busy"}
-    assert finder.answer(ms.WHO_HAS, 300000, 1, 0)["why"] == finder.answer(ms.WHO_HAS, 1000, 1, 0)["why"] == "not-found"
+def test_root_pays_in_the_cgroup_that_was_crowded(busy_finder: Any) -> None:
+    """Who crowds one takes nothing from root in the others."""
+    assert busy_finder(0, 0.2, cgroup=42) == "not-found"
+    assert busy_finder(0, cgroup=42) == "busy" and busy_finder(0, cgroup=43) == "not-found"
+
+
+# Processes that have descriptors open and do nothing, until standard input ends.
+CROWD = """
+import os, sys
+processes, descriptors = map(int, sys.argv[1:])
+kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(descriptors - 3)]
+for _ in range(processes):
+    if os.fork() == 0:
+        os.read(0, 1)
+        os._exit(0)
+print("crowded", flush=True)
+os.read(0, 1)
+"""
+
+# As many connections as fit, each from one of eight processes with 4,000 descriptors, under numbers that change.
+SPREAD = """
+import os, resource, socket, sys
+port, number = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+null, mine = os.open("/dev/null", os.O_RDONLY), number // 8
+for process in range(8):
+    if process == 7 or os.fork() == 0:
+        break
+for _ in range(4000):
+    os.dup(null)
+held = [socket.create_connection(("127.0.0.1", port)) for _ in range(mine)]
+for sock in held:
+    sock.sendall(b"EHLO")
+    os.dup(null)
+print(mine, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def sending(milter: mta.Milter, user: str, number: int, code: str = "") -> Iterator[list[str]]:
+    """Have a user send through ten sessions at once, until the end; give the list that the outcomes are added to."""
+    outcomes: list[str] = []
+    with mta.Clients(user, number, *filter(None, [code])) as clients:
+        wires, lock, stop = clients.wires(milter), threading.Lock(), threading.Event()
+
+        def one() -> None:
+            while not stop.is_set():
+                with lock:
+                    wire = next(wires, None)
+                if wire is None:
+                    return
+                outcomes.append(mta.outcome(wire))
+        threads = [threading.Thread(target=one) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield outcomes
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+@pytest.mark.parametrize("load", ["root among 300 processes of others", "a user with 4,000 descriptors in each process"])
+def test_who_makes_the_helper_search_long_takes_nobody_elses_program(load: str, make_milter: Any, users: Any,
+                                                                     sees_others: None) -> None:
+    """Nineteen of twenty of another user's messages have their program meanwhile."""
+    milter = make_milter().start()
+    with contextlib.ExitStack() as stack:
+        if load.startswith("root"):
+            crowd = stack.enter_context(mta.as_user("mst-bob", [mta.PYTHON, "-c", CROWD, "300", "40"]))
+            stack.callback(lambda: crowd.stdin.close())
+            assert crowd.stdout.readline() == "crowded\n"
+            loud = stack.enter_context(sending(milter, "root", 1500))
+        else:
+            loud = stack.enter_context(sending(milter, "mst-bob", 1600, SPREAD))
+        mta.wait_for(lambda: len(loud) > 10, 30, "the load")
+        before = len(loud)
+        with mta.Clients("mst-alice", 200) as alice:
+            said = alice.send(milter)
+        print(load, said.count("user=mst-alice program=python3"), "of", len(said), "beside", len(loud) - before,
+              {outcome: loud.count(outcome) for outcome in loud})
+    assert said.count("user=mst-alice program=python3") >= 190
 
 
 @pytest.mark.parametrize("links, seconds", [(100, 60.0), (10**9, 0.0)])

@@ -404,11 +404,12 @@ def test_a_kernel_that_lacks_what_it_takes_leaves_a_redirected_client_unknown(
         number: str, root: None, accepted: ms.Diag, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system call (ENOSYS) or socket option (ENOPROTOOPT) that is not there; the helper lives on."""
     monkeypatch.setattr(ms, number, 4000)
-    describer = ms.Describer(ms.fork_helper(pwd.getpwnam("postfix")), False)
-    with describer.channel:
+    helper = ms.fork_helper(pwd.getpwnam("postfix"))
+    describer = ms.Describer(helper)
+    with helper.channel:
         for _ in range(2):
             began = time.monotonic()
-            assert describer.dialled(accepted) == "redirected"
+            assert describer.what_was_dialled(accepted) == "redirected"
             assert time.monotonic() - began < ms.HELPER_SECONDS
 
 

@@ -309,7 +309,7 @@ def ephemeral_port() -> int:
 
 
 @pytest.mark.parametrize("facts, why", [
-    ({"pid": 1, "holder": 0}, ""), ({"holder": 33}, "handed-down"), ({"why": "not-permitted"}, "not-permitted"),
+    ({"pid": 1, "holder_uid": 0}, ""), ({"holder_uid": 33}, "handed-down"), ({"why": "not-permitted"}, "not-permitted"),
     ({"why": "no-helper"}, "no-helper"), ({"why": "busy"}, "busy"), ({"why": "gone"}, "gone"),
     ({"why": "not-found"}, "not-found"), ({}, "error")])
 def test_root_is_named_only_if_the_holder_was_seen_and_is_root(facts: dict, why: str, ephemeral_port: int) -> None:
@@ -319,7 +319,7 @@ def test_root_is_named_only_if_the_holder_was_seen_and_is_root(facts: dict, why:
 
 def test_root_is_not_named_for_a_port_that_no_client_is_given(ephemeral_port: int) -> None:
     """A listener that was turned into a client keeps its server's port."""
-    assert ms.why_not_root(ephemeral_port - 1, {"holder": 0}) == "handed-down"
+    assert ms.why_not_root(ephemeral_port - 1, {"holder_uid": 0}) == "handed-down"
 
 
 @pytest.mark.parametrize("action, why, verdict", [
