@@ -8,6 +8,7 @@ smtp(8) client, and discards what is not for its one domain.
 from __future__ import annotations
 
 import ast
+import ctypes
 import email
 import email.message
 import grp
@@ -105,6 +106,35 @@ def kernel_has_ipv6() -> bool:
         return True
     except OSError:
         return False
+
+
+def leave_chroot() -> None:
+    """Make a chroot's directory the root of a mount namespace of its own, where the tests' namespaces can be made.
+
+    In a plain chroot the kernel lets no user make a user namespace, and unshare(1) cannot set the propagation of "/".
+    To enter a mount namespace, if only one's own, leads to its root (setns(2)), which tells whether this is a chroot.
+    Without the privilege nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    root, here, space = (os.open(path, os.O_RDONLY) for path in ("/", ".", "/proc/self/ns/mnt"))
+    try:
+        if libc.setns(space, 0):
+            return
+        if os.path.samestat(os.stat("/"), os.fstat(root)):
+            os.fchdir(here)
+            return
+        os.fchdir(root)
+        if not libc.unshare(0x20000):  # CLONE_NEWNS
+            outside = os.getcwd().encode()
+            libc.mount(None, b"/", None, 0x84000, None)  # MS_REC | MS_SLAVE: nothing of this is seen outside
+            libc.mount(outside, outside, None, 0x5000, None)  # MS_BIND | MS_REC
+            os.chdir(outside)
+            libc.mount(b".", b"/", None, 0x2000, None)  # MS_MOVE
+        os.chroot(".")
+        os.chdir(SCRIPT.parent)
+    finally:
+        for descriptor in root, here, space:
+            os.close(descriptor)
 
 
 def missing_capabilities() -> list[str]:
