@@ -743,6 +743,48 @@ def outcome(wire: Wire) -> str:
     return next(reply[-1] for reply in reversed(replies) if reply[0] in ("addheader", "insheader", "replycode"))
 
 
+# --- PHP-FPM, as a web host has it ------------------------------------------------------------------------------
+
+class Pools:
+    """A PHP-FPM whose master is root's, with a pool for each user: {pool: (user, where it listens)}; lines for all."""
+
+    def __init__(self, directory: pathlib.Path, pools: Mapping[str, tuple[str, str]], lines: str = "",
+                 options: Sequence[str] = ()) -> None:
+        self.pools = pools
+        text = "".join(f"[{name}]\nuser = {user}\ngroup = {user}\nlisten = {place}\npm = static\npm.max_children = 1\n{lines}"
+                       for name, (user, place) in pools.items())
+        conf = directory / "fpm.conf"
+        conf.write_text(f"[global]\nerror_log = {directory}/fpm.log\ndaemonize = no\n{text}")
+        self.process = subprocess.Popen([self.program(), "-n", *options, "-y", conf], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def program() -> Optional[str]:
+        """Find PHP-FPM, if there is something to ask it with, too."""
+        found = sorted(str(path) for path in pathlib.Path("/usr/sbin").glob("php-fpm*"))
+        return found[-1] if found and shutil.which("cgi-fcgi") else None
+
+    def ask(self, pool: str, file: os.PathLike, query: str) -> str:
+        """Have a pool run a file, and give what that prints."""
+        def listens() -> bool:
+            place = self.pools[pool][1]
+            address: Any = place if "/" in place else (place.split(":")[0], int(place.split(":")[1]))
+            with socket.socket(socket.AF_UNIX if "/" in place else socket.AF_INET) as sock:
+                return not sock.connect_ex(address)
+        wait_for(listens, 20, "php-fpm")
+        done = subprocess.run(["cgi-fcgi", "-bind", "-connect", self.pools[pool][1]], capture_output=True, text=True,
+                              timeout=60, check=True, env={"PATH": SYSTEM_PATH, "REQUEST_METHOD": "GET",
+                                                           "SCRIPT_FILENAME": str(file), "QUERY_STRING": query})
+        return done.stdout
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
 # --- an SMTP client for other users ---------------------------------------------------------------------------
 
 SMTP_CLIENT = r'''
