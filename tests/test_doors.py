@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import types
 from typing import Any, Callable, Iterator, Sequence
