@@ -11,6 +11,7 @@ import ast
 import ctypes
 import email
 import email.message
+import functools
 import grp
 import json
 import os
@@ -429,13 +430,18 @@ class Postfix(Instance):
 
 # --- the milter -----------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=16)  # hundreds of milters are started from one text
+def settings_in(source: str) -> dict[str, tuple[int, int]]:
+    """Find the first and last line of what is assigned in the script's text, by name."""
+    return {node.targets[0].id: (node.lineno, node.end_lineno) for node in ast.parse(source).body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+
+
 def edit_settings(source: str, settings: Mapping[str, Any]) -> str:
     """Replace settings in the script's text, as an administrator does; raise KeyError on an unknown one."""
-    lines = source.splitlines(keepends=True)
-    spans = {node.targets[0].id: node for node in ast.parse(source).body
-             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
-    for name in sorted(settings, key=lambda name: -spans[name].lineno):  # last first: earlier spans stay right
-        lines[spans[name].lineno - 1:spans[name].end_lineno] = [f"{name} = {settings[name]!r}\n"]
+    lines, spans = source.splitlines(keepends=True), settings_in(source)
+    for name in sorted(settings, key=lambda name: -spans[name][0]):  # last first: earlier spans stay right
+        lines[spans[name][0] - 1:spans[name][1]] = [f"{name} = {settings[name]!r}\n"]
     return "".join(lines)
 
 
@@ -457,7 +463,8 @@ class Milter(Instance):
                  prefix: Sequence[str] = (), args: Sequence[str] = (), env: Optional[Mapping[str, str]] = None,
                  script: os.PathLike = SCRIPT, journal: bool = False, fds: Sequence[int] = (),
                  **settings: Any) -> None:
-        source = edit_settings(pathlib.Path(script).read_text(), settings)  # a wrong name leaves nothing behind
+        source = pathlib.Path(script).read_text()
+        edit_settings(source, settings)  # a wrong name leaves nothing behind
         self.temporary = at is None
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="milter-test.") if at is None
                                       else at.directory if isinstance(at, Postfix) else at)
