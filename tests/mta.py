@@ -114,10 +114,12 @@ def leave_chroot() -> None:
 
     In a plain chroot the kernel lets no user make a user namespace, and unshare(1) cannot set the propagation of "/".
     To enter a mount namespace, if only one's own, leads to its root (setns(2)), which tells whether this is a chroot.
-    Without the privilege nothing changes.
+    Without the privilege, or /proc, nothing changes.
     """
-    libc = ctypes.CDLL(None)
-    root, here, space = (os.open(path, os.O_RDONLY) for path in ("/", ".", "/proc/self/ns/mnt"))
+    libc, own = ctypes.CDLL(None), "/proc/self/ns/mnt"
+    if not os.path.exists(own):
+        return
+    root, here, space = (os.open(path, os.O_RDONLY) for path in ("/", ".", own))
     try:
         if libc.setns(space, 0):
             return
