@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Clean up on TERM as on an interrupt."""
+    """Leave a chroot, and clean up on TERM as on an interrupt."""
+    mta.leave_chroot()
     # Tests fork the helper from pytest, which has threads; the script forks it before it has any (Python 3.12).
     config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")
     signal.signal(signal.SIGTERM, signal.default_int_handler)

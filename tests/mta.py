@@ -8,8 +8,10 @@ smtp(8) client, and discards what is not for its one domain.
 from __future__ import annotations
 
 import ast
+import ctypes
 import email
 import email.message
+import functools
 import grp
 import json
 import os
@@ -105,6 +107,37 @@ def kernel_has_ipv6() -> bool:
         return True
     except OSError:
         return False
+
+
+def leave_chroot() -> None:
+    """Make a chroot's directory the root of a mount namespace of its own, where the tests' namespaces can be made.
+
+    In a plain chroot the kernel lets no user make a user namespace, and unshare(1) cannot set the propagation of "/".
+    To enter a mount namespace, if only one's own, leads to its root (setns(2)), which tells whether this is a chroot.
+    Without the privilege, or /proc, nothing changes.
+    """
+    libc, own = ctypes.CDLL(None), "/proc/self/ns/mnt"
+    if not os.path.exists(own):
+        return
+    root, here, space = (os.open(path, os.O_RDONLY) for path in ("/", ".", own))
+    try:
+        if libc.setns(space, 0):
+            return
+        if os.path.samestat(os.stat("/"), os.fstat(root)):
+            os.fchdir(here)
+            return
+        os.fchdir(root)
+        if not libc.unshare(0x20000):  # CLONE_NEWNS
+            outside = os.getcwd().encode()
+            libc.mount(None, b"/", None, 0x84000, None)  # MS_REC | MS_SLAVE: nothing of this is seen outside
+            libc.mount(outside, outside, None, 0x5000, None)  # MS_BIND | MS_REC
+            os.chdir(outside)
+            libc.mount(b".", b"/", None, 0x2000, None)  # MS_MOVE
+        os.chroot(".")
+        os.chdir(SCRIPT.parent)
+    finally:
+        for descriptor in root, here, space:
+            os.close(descriptor)
 
 
 def missing_capabilities() -> list[str]:
@@ -399,13 +432,18 @@ class Postfix(Instance):
 
 # --- the milter -----------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=16)  # hundreds of milters are started from one text
+def settings_in(source: str) -> dict[str, tuple[int, int]]:
+    """Find the first and last line of what is assigned in the script's text, by name."""
+    return {node.targets[0].id: (node.lineno, node.end_lineno) for node in ast.parse(source).body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+
+
 def edit_settings(source: str, settings: Mapping[str, Any]) -> str:
     """Replace settings in the script's text, as an administrator does; raise KeyError on an unknown one."""
-    lines = source.splitlines(keepends=True)
-    spans = {node.targets[0].id: node for node in ast.parse(source).body
-             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
-    for name in sorted(settings, key=lambda name: -spans[name].lineno):  # last first: earlier spans stay right
-        lines[spans[name].lineno - 1:spans[name].end_lineno] = [f"{name} = {settings[name]!r}\n"]
+    lines, spans = source.splitlines(keepends=True), settings_in(source)
+    for name in sorted(settings, key=lambda name: -spans[name][0]):  # last first: earlier spans stay right
+        lines[spans[name][0] - 1:spans[name][1]] = [f"{name} = {settings[name]!r}\n"]
     return "".join(lines)
 
 
@@ -427,7 +465,8 @@ class Milter(Instance):
                  prefix: Sequence[str] = (), args: Sequence[str] = (), env: Optional[Mapping[str, str]] = None,
                  script: os.PathLike = SCRIPT, journal: bool = False, fds: Sequence[int] = (),
                  **settings: Any) -> None:
-        source = edit_settings(pathlib.Path(script).read_text(), settings)  # a wrong name leaves nothing behind
+        source = pathlib.Path(script).read_text()
+        edit_settings(source, settings)  # a wrong name leaves nothing behind
         self.temporary = at is None
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="milter-test.") if at is None
                                       else at.directory if isinstance(at, Postfix) else at)
@@ -712,6 +751,48 @@ def outcome(wire: Wire) -> str:
     with wire:
         replies = wire.message()
     return next(reply[-1] for reply in reversed(replies) if reply[0] in ("addheader", "insheader", "replycode"))
+
+
+# --- PHP-FPM, as a web host has it ------------------------------------------------------------------------------
+
+class Pools:
+    """A PHP-FPM whose master is root's, with a pool for each user: {pool: (user, where it listens)}; lines for all."""
+
+    def __init__(self, directory: pathlib.Path, pools: Mapping[str, tuple[str, str]], lines: str = "",
+                 options: Sequence[str] = ()) -> None:
+        self.pools = pools
+        text = "".join(f"[{name}]\nuser = {user}\ngroup = {user}\nlisten = {place}\npm = static\npm.max_children = 1\n{lines}"
+                       for name, (user, place) in pools.items())
+        conf = directory / "fpm.conf"
+        conf.write_text(f"[global]\nerror_log = {directory}/fpm.log\ndaemonize = no\n{text}")
+        self.process = subprocess.Popen([self.program(), "-n", *options, "-y", conf], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def program() -> Optional[str]:
+        """Find PHP-FPM, if there is something to ask it with, too."""
+        found = sorted(str(path) for path in pathlib.Path("/usr/sbin").glob("php-fpm*"))
+        return found[-1] if found and shutil.which("cgi-fcgi") else None
+
+    def ask(self, pool: str, file: os.PathLike, query: str) -> str:
+        """Have a pool run a file, and give what that prints."""
+        def listens() -> bool:
+            place = self.pools[pool][1]
+            address: Any = place if "/" in place else (place.split(":")[0], int(place.split(":")[1]))
+            with socket.socket(socket.AF_UNIX if "/" in place else socket.AF_INET) as sock:
+                return not sock.connect_ex(address)
+        wait_for(listens, 20, "php-fpm")
+        done = subprocess.run(["cgi-fcgi", "-bind", "-connect", self.pools[pool][1]], capture_output=True, text=True,
+                              timeout=60, check=True, env={"PATH": SYSTEM_PATH, "REQUEST_METHOD": "GET",
+                                                           "SCRIPT_FILENAME": str(file), "QUERY_STRING": query})
+        return done.stdout
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.terminate()
+        self.process.wait(20)
 
 
 # --- an SMTP client for other users ---------------------------------------------------------------------------

@@ -166,8 +166,7 @@ class Sendmail(Instance):
         tried = subprocess.run(["unshare", "--uts", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/dev"],
                                capture_output=True, text=True)
         if tried.returncode:
-            return ("Sendmail needs a mount namespace (CAP_SYS_ADMIN; a chroot must be a mount point): "
-                    + tried.stderr.strip())
+            return f"Sendmail needs a mount namespace (CAP_SYS_ADMIN): {tried.stderr.strip()}"
         if not runs_programs(tempfile.gettempdir()):
             return f"{tempfile.gettempdir()} is mounted nosuid or noexec: sendmail(1) is a setgid program"
         try:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import types
 from typing import Any, Callable, Iterator, Sequence
@@ -446,43 +445,6 @@ def test_processes_that_live_for_milliseconds_are_named(doors: types.SimpleNames
     lines = doors.milter.wait_lines("action=", seen + 50)[seen:]
     slow = "lookup=not-permitted", "lookup=timeout", "lookup=busy"  # the machine, not the process's short life
     assert [line for line in lines if " program=bash " not in line and not line.endswith(slow)] == []
-
-
-@pytest.fixture(scope="module")
-def pools(users: Any) -> Iterator[pathlib.Path]:
-    """Start PHP-FPM with a pool for each user, as a web host has it; give the directory of its sockets."""
-    found = [path for name in os.listdir("/usr/sbin") if name.startswith("php-fpm") for path in [f"/usr/sbin/{name}"]]
-    if not found or not shutil.which("cgi-fcgi"):
-        pytest.skip("PHP-FPM or cgi-fcgi is not installed")
-    with tempfile.TemporaryDirectory(prefix="milter-test.") as name:
-        directory = pathlib.Path(name)
-        directory.chmod(0o755)
-        directory.joinpath("send.php").write_text(PHP)
-        text = f"[global]\nerror_log = {directory}/log\ndaemonize = no\n"
-        for user in "mst-alice", "mst-bob":
-            text += (f"[{user}]\nuser = {user}\ngroup = {user}\nlisten = {directory}/{user}.sock\npm = static\n"
-                     "pm.max_children = 1\n")
-        directory.joinpath("fpm.conf").write_text(text)
-        with subprocess.Popen([found[0], "-y", directory / "fpm.conf", "-n"], stderr=subprocess.DEVNULL) as master:
-            try:
-                wait_for(lambda: len(list(directory.glob("*.sock"))) == 2, what="PHP-FPM's sockets")
-                yield directory
-            finally:
-                master.terminate()
-
-
-@pytest.mark.parametrize("user", ["mst-alice", "mst-bob"])
-def test_a_php_fpm_pool_is_named_with_its_own_user(
-        user: str, pools: pathlib.Path, doors: types.SimpleNamespace) -> None:
-    """PHP-FPM's master is root; the pool's worker makes the connection."""
-    environment = {"PATH": SYSTEM_PATH, "REQUEST_METHOD": "GET", "SCRIPT_FILENAME": f"{pools}/send.php",
-                   "QUERY_STRING": str(doors.postfix.ports["submission"])}
-    answer = subprocess.run(["cgi-fcgi", "-bind", "-connect", pools / f"{user}.sock"], env=environment,
-                            capture_output=True, text=True, timeout=60)
-    assert answer.stdout.endswith("sent"), answer.stdout + answer.stderr
-    found = headers(doors.postfix)[0]
-    assert len(found) == 1 and found[0].startswith(f"user={user} program=")
-    assert found[0] == tag(user, found[0].partition("program=")[2]) and ("php-fpm" in found[0] or "=?" in found[0])
 
 
 # --- the socket in the wrong place or with the wrong mode: the lines that README.md's Troubleshooting quotes -----

@@ -280,7 +280,7 @@ def sudo_lsof(mail: Mail, path: pathlib.Path) -> pathlib.Path:
         if not shutil.which(program):
             pytest.skip(f"no {program} here")
     hang, lsof = path / "hang", path / "lsof"
-    lsof.write_text(f'#!/bin/sh\n[ ! -e {hang} ] || exec sleep 8\nexec {shutil.which("lsof")} "$@"\n')
+    lsof.write_text(f'#!/bin/sh\n[ ! -e {hang} ] || exec sleep 4\nexec {shutil.which("lsof")} "$@"\n')
     lsof.chmod(0o755)
     SUDOERS.write_text("Defaults:postfix !mail_no_user, !mail_no_perms, !mail_badpass, !mail_always, !syslog\n"
                        f"postfix ALL=(root) NOPASSWD: {lsof}\n")

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import os
 import pathlib
 import re
@@ -189,41 +187,27 @@ foreach (['', "EHLO x\r\n", "MAIL FROM:<x@example.org>\r\n", "RCPT TO:<to@exampl
 """
 
 
-@contextlib.contextmanager
-def php_fpm(directory: pathlib.Path, user: str) -> Iterator[pathlib.Path]:
-    """Run PHP-FPM with one pool, "shop", as that user; give its socket."""
-    found = sorted(glob.glob("/usr/sbin/php-fpm*"))
-    if not found or not shutil.which("cgi-fcgi"):
+def test_a_php_fpm_pool_is_named_with_its_user_and_dir_is_the_site(everything: types.SimpleNamespace, sees_others: None,
+                                                                   users: types.SimpleNamespace, site: pathlib.Path) -> None:
+    """Which of the customers, and which of his sites; the master is root, and a pool's worker makes the connection."""
+    if not mta.Pools.program():
         pytest.skip("no php-fpm, or no cgi-fcgi to ask it")
-    conf, sock = directory / "fpm.conf", directory / "fpm.sock"
-    conf.write_text(f"[global]\nerror_log = {directory}/fpm.log\ndaemonize = no\n[shop]\nuser = {user}\n"
-                    f"listen = {sock}\npm = static\npm.max_children = 1\n")
-    process = subprocess.Popen([found[-1], "-n", "-y", conf], stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    try:
-        mta.wait_for(sock.exists, what="php-fpm")
-        yield sock
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def test_with_php_fpm_args_names_the_pool_and_dir_the_site(everything: types.SimpleNamespace, sees_others: None,
-                                                           users: types.SimpleNamespace, site: pathlib.Path) -> None:
-    """Which of the customers, and which of his sites."""
-    shop = site / "shop.example.org"
-    shop.mkdir()
-    (shop / "send.php").write_text(SEND_PHP)
     mail, before = everything.postfix, len(everything.milter.lines("action="))
-    mail.forget_messages()
-    with php_fpm(site, "mst-bob") as sock:
-        env = {"PATH": mta.SYSTEM_PATH, "REQUEST_METHOD": "GET", "SCRIPT_FILENAME": f"{shop}/send.php",
-               "QUERY_STRING": f"port={mail.port}"}
-        asked = subprocess.run(["cgi-fcgi", "-bind", "-connect", sock], env=env, capture_output=True, text=True, timeout=60)
-        assert asked.stdout.rstrip().splitlines()[-1].startswith("221 "), asked.stdout + asked.stderr
-    found = values(mail.wait_messages(1)[0][HEADER])
-    assert (found["user"], found["args"], found["dir"]) == (b"mst-bob", b"php-fpm: pool shop", os.fsencode(shop))
-    assert found["program"].startswith(b"php-fpm")
-    assert logged(everything.milter.wait_lines("action=", before + 1)[-1])["args"] == b"php-fpm: pool shop"
+    pools = {name: (f"mst-{user}", f"{site}/{user}.sock") for name, user in (("shop", "bob"), ("blog", "alice"))}
+    with mta.Pools(site, pools) as fpm:
+        for name, (user, _) in pools.items():
+            mail.forget_messages()
+            home = site / f"{name}.example.org"
+            home.mkdir()
+            (home / "send.php").write_text(SEND_PHP)
+            answer = fpm.ask(name, home / "send.php", f"port={mail.port}")
+            assert answer.rstrip().splitlines()[-1].startswith("221 "), answer
+            found = values(mail.wait_messages(1)[0][HEADER])
+            assert (found["user"], found["args"], found["dir"]) == (
+                user.encode(), b"php-fpm: pool " + name.encode(), os.fsencode(home))
+            assert found["program"].startswith(b"php-fpm")
+            before += 1
+            assert logged(everything.milter.wait_lines("action=", before)[-1])["args"] == found["args"]
 
 
 @pytest.fixture

@@ -195,26 +195,22 @@ def test_real_clients_are_named_as_ss_names_them(postfix: mta.Postfix, milter: m
         assert headers[f"<{name}@example.org>"] == f"user=mst-alice program={ours['program']}"
 
 
-def test_every_message_of_a_connection_is_tagged(postfix: mta.Postfix, milter: mta.Milter) -> None:
-    """Each with its own queue id and the same sender."""
-    send("mst-bob", postfix.port, "--messages", "3")
-    messages = postfix.wait_messages(3)
-    assert len({queue_id(message) for message in messages}) == 3
-    for message in messages:
-        assert fields(milter, queue_id(message))["user"] == "mst-bob"
-        assert message.get_all(NAME)[0].startswith("user=mst-bob ") and len(message.get_all(NAME)) == 1
-
-
-def test_rset_and_a_second_helo_leave_nothing_behind(postfix: mta.Postfix, milter: mta.Milter) -> None:
-    """The message that was given up is neither logged nor counted."""
-    with mta.as_user("mst-alice", CLIENTS["telnet"][:2] + [str(postfix.port)]) as client:
-        type_in(client, ["EHLO one", "MAIL FROM:<given-up@example.org>", "RCPT TO:<a@example.org>",
-                         "RCPT TO:<b@example.org>", "RSET", "HELO two", "MAIL FROM:<kept@example.org>",
+def test_every_message_of_a_connection_is_tagged_and_nothing_stays(postfix: mta.Postfix, milter: mta.Milter) -> None:
+    """Queue id, sender, recipients and forged headers are each message's own, after RSET and a second HELO as well."""
+    forged = f"{NAME}: user=root\n" * 60  # more than a hundred in one message would be refused
+    with mta.as_user("mst-bob", CLIENTS["telnet"][:2] + [str(postfix.port)]) as client:
+        type_in(client, ["EHLO one", "MAIL FROM:<one@example.org>", "RCPT TO:<a@example.org>", "RCPT TO:<b@example.org>",
+                         "DATA", f"{forged}Subject: x\n\nbody\n.", "MAIL FROM:<>", "RCPT TO:<a@example.org>", "DATA",
+                         f"{forged}Subject: x\n\nbody\n.", "MAIL FROM:<given-up@example.org>", "RCPT TO:<a@example.org>",
+                         "RCPT TO:<b@example.org>", "RSET", "HELO two", "MAIL FROM:<three@example.org>",
                          "RCPT TO:<c@example.org>", "DATA", "Subject: x\n\nbody\n.", "QUIT"])
-    (message,) = postfix.wait_messages(1)
-    assert fields(milter, queue_id(message))["rcpts"] == "1"
-    assert fields(milter, "from=kept@example.org")["user"] == "mst-alice"
-    assert not milter.lines("given-up")
+    messages = {queue_id(message): message for message in postfix.wait_messages(4)}  # one for each recipient
+    found = [fields(milter, name) for name in messages]
+    assert sorted((line["sender"], line["rcpts"]) for line in found) == [
+        ('""', "1"), ("one@example.org", "2"), ("three@example.org", "1")]
+    assert {line["user"] for line in found} == {"mst-bob"} and not milter.lines("given-up")
+    for message in messages.values():
+        assert [value.split()[0] for value in message.get_all(NAME)] == ["user=mst-bob"]
 
 
 # --- who is not looked up -------------------------------------------------------------------------------------

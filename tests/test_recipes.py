@@ -76,6 +76,19 @@ def test_every_recipe_is_tested() -> None:
     assert headings and not [heading for heading in headings if f'"{heading}"' not in tests]
 
 
+def test_each_promise_has_the_tests_that_are_said_to_prove_it() -> None:
+    """The names in tests/README.md are those of tests, and of files that have some."""
+    here = pathlib.Path(__file__).parent
+    table = (here / "README.md").read_text().partition("\n## What proves the promises\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 13
+    for row in rows:
+        for part in row.split(";"):
+            file, *names = re.findall("`(.*?)`", part)
+            found = re.findall(r"^def test_(\w+)", (here / file).read_text(), re.M)
+            assert found and set(names) <= set(found), set(names) - set(found)
+
+
 def test_the_sender_of_a_queue_id_is_found(make_logged: Callable, administrator: Callable, users: types.SimpleNamespace) -> None:
     """One line of the log, of just that message, though others quote its id."""
     mail = make_logged()

@@ -167,11 +167,6 @@ def header_of(postfix: mta.Postfix) -> str:
     return str(postfix.wait_messages(1)[0]["X-Sender-Process-Info"])
 
 
-def status(pid: int) -> dict[str, str]:
-    """Give /proc/PID/status."""
-    return dict(re.findall(r"^(\w+):\s*(.*)$", pathlib.Path(f"/proc/{pid}/status").read_text(), re.M))
-
-
 @pytest.fixture
 def unit_file(tmp_path: pathlib.Path, systemd: None) -> pathlib.Path:
     """Give the README's service unit as a file, without the socket unit."""
@@ -285,19 +280,6 @@ def test_the_lookups_work_within_the_limits_of_the_unit(
     line = milter.wait_lines("action=tag")[0]
     assert "=?" not in line.replace(" unit=?", ""), line
     assert not milter.lines("WARNING") and not milter.lines("ERROR"), milter.log()
-
-
-def test_the_process_that_faces_the_mail_has_no_privilege_and_the_helper_only_two(
-        start: Any, postfix: mta.Postfix) -> None:
-    """Both run as the unit's User, cannot gain anything, and the helper can look but not touch."""
-    milter = start()
-    uid = str(pwd.getpwnam(parse(read_unit())["User"][0]).pw_uid)
-    faces_mail, (helper,) = status(milter.pid), map(status, milter.helper_pids())
-    for process in faces_mail, helper:
-        assert process["Uid"].split() == [uid] * 4 and process["NoNewPrivs"] == "1" and process["Seccomp"] == "2"
-        assert int(process["CapInh"], 16) == int(process["CapAmb"], 16) == 0
-    assert int(faces_mail["CapPrm"], 16) == 0
-    assert int(helper["CapPrm"], 16) == sum(1 << bit for bit in mta.CAPABILITIES.values())
 
 
 def test_a_killed_milter_starts_again_within_the_limits_of_the_unit(

@@ -469,7 +469,7 @@ def test_no_message_passes_untagged_while_the_milter_is_restarted(loaded: mta.Po
             milter.wait_lines("listening on fd:3", starts + 1, 20)
             return ended
         load = Load(loaded)
-        counted["socket handed over"] = kills = under_kills(load, kill_and_start, 60 if long else 5, 1 if long else 0)
+        counted["socket handed over"] = kills = under_kills(load, kill_and_start, 60 if long else 3, 1 if long else 0)
         assert not milter.lines("Traceback") and not milter.lines("ERROR"), milter.log()[-3000:]
     finally:
         if load:
@@ -494,7 +494,7 @@ def test_without_the_service_managers_socket_mail_passes_untagged_meanwhile(
         return ended
     try:
         load = Load(loaded)
-        counted["socket of its own"] = kills = under_kills(load, kill_and_start, 60 if long else 5, 1 if long else 0)
+        counted["socket of its own"] = kills = under_kills(load, kill_and_start, 60 if long else 3, 1 if long else 0)
     finally:
         if load:
             load.stop()

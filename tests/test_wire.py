@@ -158,30 +158,6 @@ def test_a_listener_is_not_taken_for_a_client(wire: mta.Wire) -> None:
         assert wire.message() == [UNKNOWN, ("continue",)]
 
 
-# --- one message and the next ---------------------------------------------------------------------------------
-
-def test_every_message_of_a_connection_is_tagged_and_nothing_stays(wire: mta.Wire, milter: mta.Milter) -> None:
-    """Recipients, sender and forged headers are each message's own, after RSET and a second HELO as well."""
-    with Connection("mst-alice") as connection:
-        connection.announce(wire)
-        forged = [("Subject", "x"), (NAME, "a"), (NAME.lower(), "b")]
-        first = wire.message("<one@example.org>", ["<a@example.org>"] * 3, forged, "4ZONE")
-        assert [reply[:2] for reply in first if reply[0] == "chgheader"] == [("chgheader", 2), ("chgheader", 1)]
-        wire.helo("again")
-        assert [reply[0] for reply in wire.message("<>", queue_id="4ZTWO")] == ["addheader", "continue"]
-        wire.mail("<gone@example.org>")
-        wire.rcpt()
-        wire.rcpt()
-        wire.header(NAME, "forged")
-        wire.abort()
-        wire.helo("and again")
-        assert tag(wire.message("<three@example.org>", queue_id="4ZTHREE")) == tag(first)
-    lines = milter.wait_lines("4ZTHREE") and [milter.lines(name)[0] for name in ("4ZONE:", "4ZTWO:", "4ZTHREE:")]
-    assert [re.search(r"from=(\S+) rcpts=(\d+) action=tag", line).groups() for line in lines] == [
-        ("one@example.org", "3"), ('""', "1"), ("three@example.org", "1")]
-    assert not milter.lines("gone@example.org")
-
-
 def test_connections_at_the_same_time_keep_their_users_apart(milter: mta.Milter) -> None:
     """One step of each in turn; the blocked one is refused again and again, the others never."""
     with contextlib.ExitStack() as stack:
@@ -201,33 +177,7 @@ def test_connections_at_the_same_time_keep_their_users_apart(milter: mta.Milter)
                     assert tag(replies).startswith(f"user={user} ")
 
 
-# --- headers that only the milter may write -------------------------------------------------------------------
-
-def test_forged_headers_are_removed_last_one_first(wire: mta.Wire) -> None:
-    """By their number among those of that name, so that a removal does not shift the others."""
-    names = [NAME, NAME.lower(), NAME.upper(), "x-sender-PROCESS-info"]
-    mixed = [("Received", "x"), (names[0], "1"), ("X-Sender-Process", "y"), (names[1], "2"), ("X-Sender-Process-Info2", "z"),
-             (names[2], "user=root\r\n\tprogram=x"), (names[3], "")]
-    with Connection("mst-alice") as connection:
-        connection.announce(wire)
-        replies = wire.message(headers=mixed)
-    removed = [reply for reply in replies if reply[0] == "chgheader"]
-    assert removed == [("chgheader", index, names[index - 1], "") for index in (4, 3, 2, 1)]
-    assert [reply[0] for reply in replies[4:]] == ["addheader", "continue"]
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "192.0.2.99"])
-def test_more_than_a_hundred_forged_headers_are_refused(address: str, milter: mta.Milter) -> None:
-    """From anywhere; a hundred are not."""
-    for count in (100, 101):
-        with mta.Wire(milter.socketname) as wire:
-            wire.connect(address, 1)
-            replies = wire.message(headers=[(NAME, "x")] * count)
-        if count == 100:
-            assert len(replies) >= 101 and replies[-1] == ("continue",)
-        else:
-            assert len(replies) == 1 and replies[0][1].startswith("550 5.7.1 "), replies
-
+# --- headers --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("client, said", [("mst-alice", "user=mst-alice "), ("192.0.2.99", "action=pass")])
 def test_more_headers_than_an_honest_message_has_are_refused_at_once(client: str, said: str, milter: mta.Milter,
