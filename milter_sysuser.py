@@ -43,6 +43,7 @@ import ipaddress
 import json
 import os
 import pwd
+import queue
 import re
 import resource
 import select
@@ -52,6 +53,7 @@ import socket
 import stat
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import traceback
@@ -154,6 +156,7 @@ LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
 
 EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+STOP_SECONDS = 10.0  # for open sessions to end
 MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
 # Of all headers. A hundred hops (RFC 5321, 6.3) and fifty ARC sets of three (RFC 8617, 4.2.1) leave
 # as much again and more for what programs add.
@@ -635,9 +638,24 @@ def say(level: int, text: str) -> None:
         descriptor, journalled = log_target()
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         stamp = f"<{level}>" if journalled else f"{now} {LEVELS[level]} "
-        data = escape((stamp + text).encode("utf-8", "backslashreplace"), rb"[\x00-\x1f\x7f]")
-        if select.select([], [descriptor], [], 0)[1]:  # else nobody reads: the line is lost
-            os.write(descriptor, data[:LINE_BYTES] + b"\n")
+        data = escape((stamp + text).encode("utf-8", "backslashreplace"), rb"[\x00-\x1f\x7f]")[:LINE_BYTES]
+        try:
+            if select.select([], [descriptor], [], 0)[1]:  # else nobody reads: the line is lost
+                os.write(descriptor, data + b"\n")
+        except ConnectionError:  # whoever read it has gone, and does not come back to this descriptor
+            if journalled:
+                say_to_journal(level, data[len(stamp):])
+
+
+def say_to_journal(level: int, line: bytes) -> None:
+    """Log past a stream that ended with the journald which read it; OSError while there is none.
+
+    systemd.io/JOURNAL_NATIVE_PROTOCOL. SYSLOG_FACILITY is mail, as in the unit.
+    """
+    fields = f"PRIORITY={level}\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=".encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.setblocking(False)
+        journal.sendto(fields + line + b"\n", "/run/systemd/journal/socket")
 
 
 COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
@@ -2648,46 +2666,111 @@ def run() -> NoReturn:
         f"through {way}" if way else f"are unknown, {UNPRIVILEGED} and without sudo lsof")
     say(INFO, ways)
     prepare_policy()
-    os.umask(0o177)  # the socket's mode, as bind(2) takes it
     os.chdir("/")
     sys.excepthook = report_exception
     Milter.factory = SysuserMilter
     Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
     Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
-    address = handed_over() or "unix:" + socketname
-    threading.Thread(target=serve_mta, args=(address,), daemon=True).start()
-    threading.Thread(target=announce, args=(address, ways), daemon=True).start()
-    told = signal.sigwait(STOP_SIGNALS)
-    stop(EX_RESTART if told == signal.SIGHUP else 0)
+    try:
+        listener = listen(handed_over())
+    except (OSError, Milter.error) as error:
+        say(ERROR, f"{socketname}: {error}")
+        end(EX_FAILED)
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: told.put(number))
+    # The kernel gives a signal to the main thread first, if that does not block it. libmilter waits
+    # for the same ones in a thread of its own.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=serve_mta, args=(listener,), daemon=True).start()
+    announce(listener, ways)
+    stop(listener, told)
 
 
-def stop(status: int) -> NoReturn:
-    """End as told, and take the socket away unless the service manager keeps it."""
-    say(INFO, {EX_RESTART: "stopped, to be started again"}.get(status, "stopped"))
-    if not handed_over():
-        with contextlib.suppress(OSError):
-            os.unlink(socketname)
-    end(status)
+class Listener(NamedTuple):
+    """What libmilter takes sessions from."""
+
+    path: str
+    number: int = -1  # the descriptor that libmilter knows, where the service manager's is under it
+    spare: int = -1  # libmilter's own, to which nobody can connect
 
 
-def serve_mta(address: str) -> None:
+def listen(given: str) -> Listener:
+    """Open the socket, or put the one that is given under libmilter's descriptor; OSError, Milter.error.
+
+    Only Debian's libmilter takes a descriptor. Every libmilter makes a socket at a path, and accepts
+    from whatever is under its number then.
+    """
+    if not given:
+        os.umask(0o177)  # the socket's mode, as bind(2) takes it
+        bind_libmilter(socketname)
+        return Listener(socketname)
+    with tempfile.TemporaryDirectory() as directory:
+        bind_libmilter(f"{directory}/socket")
+        number = descriptor_bound_to(f"{directory}/socket")
+    spare = os.dup(number)
+    os.dup2(HANDED_OVER, number, inheritable=False)
+    with socket.socket(fileno=os.dup(HANDED_OVER)) as handed:
+        return Listener(handed.getsockname(), number, spare)
+
+
+def bind_libmilter(path: str) -> None:
+    """Have libmilter listen; runmilter then goes on with this socket. Milter.error."""
+    Milter.milter.register("milter_sysuser")
+    Milter.milter.setconn("unix:" + path)
+    Milter.milter.opensocket(False)
+
+
+def descriptor_bound_to(path: str) -> int:
+    """Find the descriptor of this process's socket at a path; OSError if there is none."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # no socket
+            candidate = socket.socket(fileno=number)
+            name = candidate.getsockname()
+            candidate.detach()
+            if name == path:
+                return number
+    raise OSError(errno.EBADF, "libmilter's socket is not found")
+
+
+def sockets_at(path: str, state: str) -> int:
+    """Count the sockets that were bound to a path, in a state of /proc/net/unix; 0 where that is not there.
+
+    01: listens. 02: has connected, nobody has accepted it. 03: accepted (linux/net.h, socket_state).
+    """
+    try:
+        with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+            rows = [line.split(maxsplit=7)[5:] for line in table]
+    except FileNotFoundError:
+        return 0
+    return sum(row[0] == state and row[2:] == [path + "\n"] for row in rows)
+
+
+def is_lost(path: str) -> bool:
+    """Tell whether somebody listens on a socket that was bound to a path, which leads elsewhere now."""
+    try:
+        served = is_served(path)
+    except OSError as error:
+        served = error.errno != errno.EACCES  # that would be somebody else's; here many wait
+    return sockets_at(path, "01") > served
+
+
+def serve_mta(listener: Listener) -> None:
     """Have libmilter serve sessions until it fails."""
     try:
-        Milter.runmilter("milter_sysuser", address, timeout or LONGEST_TIMEOUT, rmsock=False)
+        Milter.runmilter("milter_sysuser", "unix:" + listener.path, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        cure = ": where libmilter does not take the service manager's socket, as Debian's does, " \
-               "disable milter_sysuser.socket" if handed_over() else ""
-        say(ERROR, f"{socketname}: {error}{cure}")
+        say(ERROR, f"{listener.path}: {error}")
         end(EX_FAILED)
-    stop(0)  # libmilter waits for the same signals, and had one before the main thread did
+    os.kill(os.getpid(), signal.SIGHUP)  # libmilter has taken a signal, of which it does not say which
 
 
-def announce(address: str, ways: str) -> None:
-    """Tell the service manager that sessions can begin (sd_notify(3)), when they can."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        while address.startswith("unix:") and probe.connect_ex(socketname):
-            time.sleep(0.02)
-    say(INFO, f"listening on {address.replace('unix:', '')}")
+def announce(listener: Listener, ways: str) -> None:
+    """Say that sessions can begin, to the service manager as well (sd_notify(3))."""
+    say(INFO, f"listening on {listener.path if listener.spare < 0 else f'fd:{HANDED_OVER}'}")
+    if listener.spare >= 0 and is_lost(listener.path):
+        say(WARNING, f"{listener.path} is not the service manager's socket any more: mail passes unseen; "
+                     "restart milter_sysuser.socket and milter_sysuser")
     name = os.environ.get("NOTIFY_SOCKET", "")
     if name:
         try:
@@ -2696,6 +2779,31 @@ def announce(address: str, ways: str) -> None:
                 manager.send(f"READY=1\nSTATUS={ways}".encode())
         except OSError as error:
             say(ERROR, f"NOTIFY_SOCKET: {error}")
+
+
+def stop(listener: Listener, signals: queue.SimpleQueue[int]) -> NoReturn:
+    """Once told to, take no new sessions, let those that are open end, and end.
+
+    In a session that is cut off the MTA would go on without us. A second signal does that at once.
+    """
+    told, ours = [signals.get()], ["03"]
+    SysuserMilter.directory.end()
+    if listener.spare >= 0:  # what comes now waits with the service manager
+        os.dup2(listener.spare, listener.number, inheritable=False)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(listener.path)
+        ours.append("02")  # what waits is served yet
+    left, deadline = 1, time.monotonic() + STOP_SECONDS
+    while left and len(told) == 1 and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            told.append(signals.get(timeout=0.03))  # also the time for an accept(2) that has begun
+        left = sum(sockets_at(listener.path, state) for state in ours)
+    if left:
+        say(WARNING, f"{left} sessions are still open: the MTA goes on in them as where no milter is")
+    restart = set(told) == {signal.SIGHUP}
+    say(INFO, "stopped, to be started again" if restart else "stopped")
+    end(EX_RESTART if restart else 0)
 
 
 def end(status: int) -> NoReturn:

@@ -8,9 +8,11 @@ import os
 import pathlib
 import pwd
 import re
+import select
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import time
 import types
@@ -291,22 +293,122 @@ def test_after_a_wrong_setting_postfix_goes_on_without_the_milter(postfix: mta.P
 
 # --- told to end ------------------------------------------------------------------------------------------------
 
+BOTH = pytest.mark.parametrize("handed_over", [False, True], ids=["own socket", "handed over"])
+
+
+@pytest.fixture
+def start(manager: Manager, make_milter: Callable) -> Callable[[bool], mta.Milter]:
+    """Start a milter on the service manager's socket, or on its own, and wait until it has served a session."""
+    def started(handed_over: bool) -> mta.Milter:
+        milter = manager.start() if handed_over else make_milter().start()
+        mta.Wire(milter.socketname).quit()
+        return milter
+    return started
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGHUP, 75)],
                          ids=lambda value: getattr(value, "name", None))
-@pytest.mark.parametrize("handed_over", [False, True], ids=["own socket", "handed over"])
-def test_each_signal_has_its_exit_status(number: signal.Signals, status: int, handed_over: bool, manager: Manager,
-                                         make_milter: Callable) -> None:
-    """At once, with a session open; the helper ends as well, and a socket of its own is removed."""
-    milter = manager.start() if handed_over else make_milter().start()
+@BOTH
+def test_each_signal_has_its_exit_status(number: signal.Signals, status: int, handed_over: bool, start: Callable) -> None:
+    """At once, where no session is open; the helper ends as well, and a socket of its own is removed."""
+    milter = start(handed_over)
     helpers = milter.helper_pids()
-    with mta.Wire(milter.socketname) as wire:
-        wire.connect("192.0.2.9", 1)
-        began = time.monotonic()
-        milter.process.send_signal(number)
-        assert milter.process.wait(20) == status and time.monotonic() - began < 2
+    began = time.monotonic()
+    milter.process.send_signal(number)
+    assert milter.process.wait(20) == status and time.monotonic() - began < 2
     mta.wait_for(lambda: all(map(mta.ended, helpers)), what="the helper's end")
     assert os.path.exists(milter.socketname) == handed_over
     assert milter.lines()[-1].endswith("INFO stopped" if status == 0 else "INFO stopped, to be started again")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGHUP, 75)],
+                         ids=lambda value: getattr(value, "name", None))
+@BOTH
+def test_told_to_end_it_serves_its_sessions_first(number: signal.Signals, status: int, handed_over: bool,
+                                                  start: Callable, users: types.SimpleNamespace) -> None:
+    """To their end, with the program; one whose MTA has said nothing yet, too; and no others."""
+    milter = start(handed_over)
+    with mta.Clients("mst-alice", 2) as clients, socket.socket(socket.AF_UNIX) as silent:
+        wires = clients.wires(milter)
+        wire = next(wires)
+        silent.connect(milter.socketname)
+        milter.process.send_signal(number)
+        if handed_over:
+            mta.wait_for(lambda: milter.accepts() and waiting(milter.socketname), what="a connection that is left")
+        else:
+            mta.wait_for(lambda: not milter.accepts(), what="the path to be gone")
+        for _ in range(2):
+            assert wire.message()[-2][-1] == mta.tag("mst-alice", "python3")
+        wire.quit()
+        with pytest.raises(subprocess.TimeoutExpired):
+            milter.process.wait(0.3)
+        negotiate(silent)
+        mta.wait_for(lambda: answered(silent), what="an answer")
+        silent.close()
+        assert milter.process.wait(5) == status
+    assert not milter.lines("WARNING") and not milter.lines("ERROR"), milter.log()
+
+
+@BOTH
+def test_connections_that_have_just_been_made_when_it_is_told_to_end_are_not_lost(handed_over: bool, start: Callable,
+                                                                                 manager: Manager) -> None:
+    """This milter serves them yet, accepted or not, or leaves them to the next."""
+    milter = start(handed_over)
+    with contextlib.ExitStack() as stack:
+        early = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(200)]
+        for sock in early:
+            sock.connect(milter.socketname)
+        milter.process.terminate()
+        for sock in early:
+            negotiate(sock)
+        mta.wait_for(lambda: sum(map(answered, early)) == 200 - (waiting(milter.socketname) if handed_over else 0),
+                     what="all that do not wait for the next milter")
+    assert milter.process.wait(20) == 0
+
+
+def negotiate(sock: socket.socket) -> None:
+    """Begin a session, as Postfix does."""
+    packet = struct.pack("!III", 6, mta.ALL_ACTIONS, mta.ALL_STEPS)
+    sock.sendall(struct.pack("!I", len(packet) + 1) + b"O" + packet)
+
+
+def answered(sock: socket.socket) -> bool:
+    """Say whether the milter has answered on a connection; an error if it has hung up."""
+    if not select.select([sock], [], [], 0)[0]:
+        return False
+    assert sock.recv(5, socket.MSG_PEEK)[4:] == b"O"
+    return True
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_second_signal_ends_it_at_once(first: signal.Signals, second: signal.Signals, start: Callable) -> None:
+    """And to be started again only if nobody has told it to stop."""
+    milter = start(False)
+    with mta.Wire(milter.socketname) as wire:
+        wire.connect("192.0.2.9", 1)
+        milter.process.send_signal(first)
+        mta.wait_for(lambda: not os.path.exists(milter.socketname), what="it to begin to end")
+        began = time.monotonic()
+        milter.process.send_signal(second)
+        assert milter.process.wait(20) == (75 if first == second == signal.SIGHUP else 0)
+        assert time.monotonic() - began < 2
+    assert milter.lines(" WARNING 1 sessions are still open")
+
+
+@BOTH
+def test_a_session_that_does_not_end_is_cut_off(handed_over: bool, manager: Manager, make_milter: Callable) -> None:
+    """After the seconds that the script names, and the log says so."""
+    milter = manager.milter() if handed_over else make_milter()
+    milter.script.write_text(milter.script.read_text().replace("STOP_SECONDS = 10.0", "STOP_SECONDS = 1.0"))
+    milter.start(wait=not handed_over).wait_lines("listening on")
+    with mta.Wire(milter.socketname) as wire:
+        wire.connect("192.0.2.9", 1)
+        began = time.monotonic()
+        milter.process.terminate()
+        assert milter.process.wait(20) == 0 and 0.9 < time.monotonic() - began < 3
+    assert [line.split(" ", 2)[2] for line in milter.lines()[-2:]] == [
+        "WARNING 1 sessions are still open: the MTA goes on in them as where no milter is", "INFO stopped"]
 
 
 @pytest.fixture
