@@ -223,6 +223,19 @@ def run_as(name: str, argv: Sequence[str], **kw: Any) -> subprocess.CompletedPro
                                          "timeout": 60, **kw})
 
 
+def submitting(postfix: Postfix, user: str, argv: Sequence[str]) -> list[str]:
+    """Give a command that runs argv as that user where /etc/postfix, for sendmail(1), is this instance's."""
+    return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/postfix && exec "$@"', f"{postfix.directory}/etc",
+            "setpriv", "--reuid", user, "--regid", str(pwd.getpwnam(user).pw_gid), "--init-groups", "--", *argv]
+
+
+def submit(postfix: Postfix, user: str, text: str, *args: str, **kw: Any) -> subprocess.CompletedProcess:
+    """Hand a message to sendmail(1), as that user, on this instance; to@example.org unless args say something else."""
+    argv = ["sendmail", *(args or ("-i", f"to@{DOMAIN}"))]
+    return subprocess.run(submitting(postfix, user, argv), **{
+        "input": text, "text": True, "capture_output": True, "cwd": "/", "env": {"PATH": SYSTEM_PATH}, "timeout": 60, **kw})
+
+
 # --- what is started and stopped ------------------------------------------------------------------------------
 
 class Instance:
