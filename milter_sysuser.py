@@ -57,7 +57,7 @@ import tempfile
 import threading
 import time
 import traceback
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Union, cast
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, NoReturn, Optional, Union, cast
 
 try:
     import Milter
@@ -67,7 +67,7 @@ try:
 except ImportError as missing:  # --help and --version do without them; see main
     MISSING, Base, noreply = str(missing), object, lambda callback: callback
 
-VERSION = "2.0"
+VERSION = "3.0"
 
 # ====================================================================================== settings
 # Plain values, one name each. Leave them here, and put such lines into the file that settings_file
@@ -116,10 +116,14 @@ blocked_action = "reject"
 # the others a client that is merely hasty is refused. Example: "quarantine"
 unidentified_action = "accept"
 
-# How many recipients a user may address in any hour: by name or uid, "*" for everyone else, None
-# for no limit. The trap: "*" counts root and content filters, too, and the count is lost at a
-# restart. Example: {"*": 200, "www-data": 1000, "root": None}
+# How many recipients a user may address in any hour, by SMTP and by sendmail(1) together: by name
+# or uid, "*" for everyone else, None for no limit. The trap: "*" counts root and content filters,
+# too, and the count is lost at a restart. Example: {"*": 200, "www-data": 1000, "root": None}
 hourly_limits = {}
+
+# The same for any day, counted in steps of an hour. The trap: a restart begins a new day, for a
+# user who is over his limit as well. Example: {"*": 1000, "newsletter": 50000, "root": None}
+daily_limits = {}
 
 # The name of the header that is added, and removed wherever else it comes from. The trap: a new
 # name leaves the old one to forgers. Example: "X-Local-Sender"
@@ -216,6 +220,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     allowed: Optional[UserList] = None
     limits: Limits
     describer: Describer
+    queue = ""  # Postfix's queue_directory, where who called sendmail(1) is read
     # The sessions by the socket of the MTA's that each took for its own: one each, or nobody knows
     # whose a message is.
     claims: dict[Any, list[SysuserMilter]] = {}
@@ -228,6 +233,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner = unknown("error")
+        self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
         self.claimed: Any = None  # the cookie of the MTA's end
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
@@ -256,7 +262,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.close()  # a session whose client is announced once more begins anew
         self.begin()
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
-            self.owner = REMOTE  # the MTA's own emulation, for mail from sendmail(1)
+            # The MTA's emulation of a client; with a port of the server's one by XCLIENT, from afar.
+            self.submitted = self.getsymval("{daemon_port}") in (None, "", "0")
+            self.owner, self.facts = REMOTE, {"why": "submitted"}
         elif hostaddr is None:
             self.owner = unknown("closed")  # gone before the MTA asked for its address
         else:
@@ -327,7 +335,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         A message with more headers than any honest one has is refused at once.
         """
         self.headers += 1
-        if self.headers > MOST_HEADERS:
+        if self.headers > MOST_HEADERS and not self.submitted:  # which can be held at its end only
             return self.eom()
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
@@ -340,6 +348,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Decide, act and log, the message being complete; or refused before it is."""
         sender, verdict = Sender(None, "error"), Verdict("tempfail", "unidentified", UNIDENTIFIED)
         try:
+            if self.submitted:
+                self.owner = read_submitter(str(self.getsymval("i")), self.queue)
             sender = self.identify()
             verdict = self.judge(sender)
         except Exception:
@@ -349,6 +359,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 uid = self.owner.uid
                 seen = self.account or (None if uid is None else Account(uid, uid))
                 verdict = self.judge(Sender(None, "error", {}, seen), by_memory=True)
+        if self.submitted and verdict.action in REFUSALS:
+            # A refusal would bounce to a sender that can be made up, or fill maildrop, which the MTA
+            # then reads again every minute.
+            verdict = verdict._replace(action="quarantine")
         for step in (self.act, self.write_log):
             try:
                 step(verdict, sender)
@@ -423,6 +437,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def why_not_named(self, account: Account) -> str:
         """Say in a word why the owner must not be named, or ""."""
+        if self.submitted:
+            return account.doubt
         try:
             why = self.confirm() or account.doubt
             if self.owner.uid == 0 and not why and not self.owner.process:
@@ -1013,6 +1029,81 @@ def why_not_root(port: int, facts: Facts) -> str:
     return "" if facts["holder_uid"] == 0 else "handed-down"
 
 
+# --------------------------------------------------------------- the queue: who called sendmail(1)
+# Postfix does not tell milters. But the first header of such a message is its pickup(8)'s, with the
+# uid that the kernel gave the file in maildrop, and with the message's queue id in the next line.
+# header_checks can remove it. Then a header that the user wrote comes first, which may look the
+# same; but what the user writes is written before there is a queue id. The MTA's own mail (a bounce)
+# has no uid there, and has in its envelope what postdrop(1) lets nobody write.
+FIRST_HEADER = rb"Received: by [^\n]+ \([^\n]+?(?:, from userid (\d{1,10}))?\)\n\tid %s; "
+MOST_RECORD_BYTES, MOST_JUMPS = 1 << 16, 10_000  # line_length_limit is 2048; record.c of Postfix
+
+
+def find_queue() -> str:
+    """Give Postfix's queue_directory: the socket lies in it, or postconf names it; or ""."""
+    above = os.path.dirname(os.path.dirname(socketname))
+    if os.path.isdir(f"{above}/maildrop"):
+        return above
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return postconf("-xh", "queue_directory")[0]
+    return ""
+
+
+def read_submitter(queue_id: str, queue: str) -> ClientSocket:
+    """Say who called sendmail(1) for a message that is complete; REMOTE if it is the MTA's own."""
+    is_own = False
+    try:
+        with open(open_queue_file(queue_id, queue), "rb", MOST_RECORD_BYTES) as file:
+            records = read_records(file)
+            for kind, data in records:
+                is_own |= (kind, data) == (b"A", b"log_message_origin=local")
+                if kind == b"M":
+                    break
+            head = [record for _, record in zip(range(200), records)]
+        top = b"\n".join(data for kind, data in head if kind in (b"N", b"L"))
+        if head and head[0][0] == b"p":  # other milters have put headers above the first
+            top = top[top.find(b"Received:"):]
+        match = re.match(FIRST_HEADER % queue_id.encode(), top)
+        if match is None or not (match[1] or is_own):
+            raise ValueError("the first header is not Postfix's own: do header_checks change it?")
+        return ClientSocket(int(match[1])) if match[1] else REMOTE
+    except (OSError, ValueError) as error:
+        complain("who called sendmail(1) is not known", str(error))
+        return unknown("error")
+
+
+def open_queue_file(queue_id: str, queue: str) -> int:
+    """Open a message's file, however deep below incoming it lies (hash_queue_depth); OSError."""
+    places = [f"{queue}/incoming"] if re.fullmatch("[0-9A-Za-z]{6,64}", queue_id) else []
+    for place in places:
+        try:
+            descriptor = os.open(f"{place}/{queue_id}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            places += [entry.path for entry in os.scandir(place) if len(entry.name) == 1]
+            continue
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and os.geteuid() in (0, status.st_uid):
+            return descriptor
+        os.close(descriptor)
+    raise OSError(f"{queue_id} is not a message in {queue}/incoming, or not ours")
+
+
+def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    """Give type and data of a queue file's records in their order, up to one that is cut; ValueError."""
+    for _ in range(MOST_JUMPS):
+        kind = data = b""
+        while kind != b"p" or not int(data):  # which says where a milter's change stands
+            kind, size, shift, byte = file.read(1), 0, 0, 0x80
+            while byte & 0x80 and shift < 28:  # seven bits a byte, the lowest first
+                byte = int.from_bytes(file.read(1), "big")
+                size, shift = size | (byte & 0x7F) << shift, shift + 7
+            data = file.read(min(size, MOST_RECORD_BYTES))
+            if not kind or len(data) < size:
+                return
+            yield kind, data
+        file.seek(int(data))
+
+
 # --------------------------------------------------------- policy: who that is, and what he may do
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
@@ -1489,44 +1580,50 @@ def read_trusted(path: str, trusted_uid: int) -> str:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
+PERIODS = {60: (60, "an hour"), 3600: (24, "a day")}  # by the seconds of a step: steps, in words
+
+
 class Limits:
-    """Recipients of each uid in the last hour, in steps of a minute."""
+    """Recipients of each uid in the last hour and day, in steps of a minute and of an hour."""
 
-    def __init__(self, limits: dict[Any, Optional[int]]) -> None:
-        self.everyone, self.lock = limits.get("*"), threading.Lock()
-        self.counts: dict[int, dict[int, int]] = {}
-        self.limits = {}
-        for key, limit in limits.items():
-            entry = account_by_name(key)
-            if entry or whole(key):
-                self.limits[entry.pw_uid if entry else key] = limit
+    def __init__(self, hourly: dict[Any, Optional[int]], daily: dict[Any, Optional[int]]) -> None:
+        self.limits, self.lock = {60: dict(hourly), 3600: dict(daily)}, threading.Lock()
+        self.counts: dict[tuple[int, int], dict[int, int]] = {}  # by uid and step
+        for limits in self.limits.values():
+            for name in [key for key in limits if isinstance(key, str) and key != "*"]:
+                entry = account_by_name(name)
+                if entry:
+                    limits[entry.pw_uid] = limits[name]
 
-    def used(self, uid: int, minute: int) -> int:
-        """Count what a uid addressed in this minute and the sixty before: no hour is missed."""
-        counts = self.counts.get(uid, {})
-        for old in [then for then in counts if then < minute - 60]:
+    def used(self, uid: int, step: int) -> int:
+        """Count what a uid addressed in this step and the period before: none is missed."""
+        oldest, counts = time.monotonic() // step - PERIODS[step][0], self.counts.get((uid, step), {})
+        for old in [then for then in counts if then < oldest]:
             del counts[old]
         return sum(counts.values())
 
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
-        """Count a message, unless it is refused; None if its user is not over his limit."""
-        limit, minute = self.limits.get(account.uid, self.everyone), int(time.monotonic() // 60)
-        if limit is None:
-            return None
+        """Count a message, unless it is refused; None if its user is over no limit."""
+        limits = {}
+        for step, listed in self.limits.items():
+            limit = listed.get(account.uid, listed.get(account.name, listed.get("*")))
+            limits.update({step: limit} if limit is not None else {})
         with self.lock:
-            used = self.used(account.uid, minute)
-            over = used + recipients > limit
-            if not over or blocked_action not in REFUSALS:
-                counts = self.counts.get(account.uid, {})
-                counts[minute] = counts.get(minute, 0) + recipients
-                remember(self.counts, account.uid, counts)
+            sums = {step: self.used(account.uid, step) + recipients for step in limits}
+            over = [step for step in limits if sums[step] > limits[step]]
+            for step in [] if over and blocked_action in REFUSALS else limits:
+                counts, now = self.counts.get((account.uid, step), {}), int(time.monotonic() // step)
+                counts[now] = counts.get(now, 0) + recipients
+                remember(self.counts, (account.uid, step), counts, 2 * MOST_REMEMBERED)
         name = quote(account.name or account.uid)
-        if over:
-            complain(f"user={name} is over the limit of {limit} recipients an hour", level=WARNING)
+        for step in over:
+            text = f"over the limit of {limits[step]} recipients {PERIODS[step][1]}"
+            complain(f"user={name} is {text}", level=WARNING)
             action = "tempfail" if blocked_action in REFUSALS else blocked_action
-            return Verdict(action, "limit", f"User {name} is over the limit of {limit} recipients an hour")
-        if used < 0.8 * limit <= used + recipients:
-            say(WARNING, f"user={name} has addressed {used + recipients} of {limit} recipients an hour")
+            return Verdict(action, "limit", f"User {name} is {text}")
+        for step, limit in limits.items():
+            if sums[step] - recipients < 0.8 * limit <= sums[step]:
+                say(WARNING, f"user={name} has addressed {sums[step]} of {limit} recipients {PERIODS[step][1]}")
         return None
 
 
@@ -2227,6 +2324,7 @@ def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
 
 
 A_PATH, A_LIST = "must be an absolute path, or None", 'must be a list, like ["bob"]'
+SOME_LIMITS = 'must be like {"*": 200, "root": None}'
 SOME_FIELDS = "must be a list of " + ", ".join(FIELDS) + ", none of them twice"
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
 RULES = {  # of every setting, as they stand at the top
@@ -2247,8 +2345,8 @@ RULES = {  # of every setting, as they stand at the top
     "unidentified_action": Rule(
         "accept", lambda value: is_text("accept|tempfail|quarantine|reject", value),
         "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
-    "hourly_limits": Rule({}, lambda value: isinstance(value, dict),
-                          'must be like {"*": 200, "root": None}', limit_problems),
+    "hourly_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
+    "daily_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
     "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
                         "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
     "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS),
@@ -2361,6 +2459,10 @@ def check_names() -> None:
     for where, entries in named.items():
         for entry in not_found(entries):
             report(f"{where}: {entry}", "is not found", "mend the name, unless it is to come")
+    incoming = os.path.join(find_queue(), "incoming")
+    readable = os.access(incoming, os.R_OK | os.X_OK)
+    report(f"users: of sendmail(1), from {incoming}", "" if readable else "cannot be read",
+           "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
 
 
 def not_found(entries: Iterable[Any]) -> Iterator[str]:
@@ -2619,13 +2721,14 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
         set_capabilities(0)
     by_lsof = helper is None and lsof_allowed()
     SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(helper, by_lsof)
+    SysuserMilter.queue = find_queue()
     return lack, "the helper" if helper else "sudo lsof" if by_lsof else ""
 
 
 def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
     milter, directory = SysuserMilter, Directory()
-    milter.directory, milter.limits = directory, Limits(hourly_limits)
+    milter.directory, milter.limits = directory, Limits(hourly_limits, daily_limits)
     milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
                               os.geteuid())
     milter.blocked.now()
@@ -2634,9 +2737,9 @@ def prepare_policy() -> None:
         milter.allowed.now()
     if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
-    for name in not_found(hourly_limits):
-        say(WARNING, f"hourly_limits: {name} is not found: mend the name, or start again when there is that user")
-    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or milter.allowed
+    for name in not_found([*hourly_limits, *daily_limits]):
+        say(WARNING, f"a limit is for {name}, who is not found: mend the name, or start again when there is that user")
+    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
 

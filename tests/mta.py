@@ -256,6 +256,21 @@ def run_as(name: str, argv: Sequence[str], **kw: Any) -> subprocess.CompletedPro
                                          "timeout": 60, **kw})
 
 
+def on_this_postfix(postfix: Postfix, argv: Sequence[str], user: Any = "root") -> list[str]:
+    """Give a command that runs argv, as a user or uid, where /etc/postfix (for sendmail(1)) is this instance's."""
+    groups = ["--clear-groups"] if isinstance(user, int) else ["--init-groups"]
+    gid = user if isinstance(user, int) else pwd.getpwnam(user).pw_gid
+    return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/postfix && exec "$@"', f"{postfix.directory}/etc",
+            "setpriv", "--reuid", str(user), "--regid", str(gid), *groups, "--", *argv]
+
+
+def submit(postfix: Postfix, user: Any, text: "str | bytes", *args: str, **kw: Any) -> subprocess.CompletedProcess:
+    """Hand a message to sendmail(1) as a user or uid, for to@example.org unless args say something else."""
+    argv = on_this_postfix(postfix, ["sendmail", *(args or ("-i", f"to@{DOMAIN}"))], user)
+    return subprocess.run(argv, **{"input": text, "text": isinstance(text, str), "capture_output": True, "cwd": "/",
+                                   "env": {"PATH": SYSTEM_PATH}, "timeout": 60, **kw})
+
+
 # --- what is started and stopped ------------------------------------------------------------------------------
 
 class Instance:

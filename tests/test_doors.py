@@ -123,13 +123,6 @@ def headers(postfix: Postfix, n: int = 1) -> list[list[str]]:
     return [message.get_all(HEADER, []) for message in postfix.wait_messages(n)]
 
 
-def sendmail_1(user: str, postfix: Postfix, text: str) -> None:
-    """Hand a message to sendmail(1) as that user: in postdrop's group, as only root may choose a configuration."""
-    subprocess.run(["sendmail", "-i", f"to@{DOMAIN}"], input=text, text=True, check=True, capture_output=True,
-                   **{**identity(user), "group": grp.getgrnam("postdrop").gr_gid, "extra_groups": []},
-                   env={"PATH": SYSTEM_PATH, "MAIL_CONFIG": f"{postfix.directory}/etc"})
-
-
 # --- ports 25, 587 and 465 --------------------------------------------------------------------------------------
 
 SMTPLIB = """
@@ -173,17 +166,6 @@ def test_two_clients_with_one_local_port_on_two_services_are_told_apart(doors: t
 
 
 # --- doors without an SMTP client -------------------------------------------------------------------------------
-
-def test_sendmail_1_gets_no_header_of_ours_and_keeps_none_that_is_forged(
-        users: Any, doors: types.SimpleNamespace) -> None:
-    """Postfix shows an emulated client with port 0; the uid is in Received."""
-    sendmail_1("mst-alice", doors.postfix, f"Subject: test\n{HEADER}: user=root\n{HEADER.lower()}: user=bob\n\nbody\n")
-    message = doors.postfix.wait_messages(1)[0]
-    assert message.get_all(HEADER) is None
-    assert f"from userid {users.alice.pw_uid}" in message["Received"]
-    line = doors.milter.wait_lines("from=mst-alice@")[-1]
-    assert "action=pass" in line and "lookup=" not in line and "user=" not in line
-
 
 def test_mail_that_is_put_back_into_the_queue_keeps_its_header(make_mail: Callable, users: Any) -> None:
     """postsuper -r, after a hold: nobody is looked up by a port that may be somebody else's by now."""

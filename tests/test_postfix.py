@@ -215,16 +215,6 @@ def test_every_message_of_a_connection_is_tagged_and_nothing_stays(postfix: mta.
 
 # --- who is not looked up -------------------------------------------------------------------------------------
 
-def test_mail_from_the_sendmail_command_passes_untouched(postfix: mta.Postfix, milter: mta.Milter) -> None:
-    """The MTA's own emulation of a connection (non_smtpd_milters), traced by the MTA itself."""
-    sent = postfix.run("sendmail", "-f", "local@example.org", "to@example.org", input="Subject: x\n\nbody\n")
-    assert sent.returncode == 0, sent.stderr
-    (message,) = postfix.wait_messages(1)
-    assert NAME not in message
-    (line,) = milter.wait_lines("from=local@example.org")
-    assert line.endswith(" rcpts=1 action=pass") and " user=" not in line
-
-
 def test_mail_from_elsewhere_passes_without_a_header(postfix: mta.Postfix, milter: mta.Milter) -> None:
     """A remote client (by XCLIENT, which only a front end may use); a forged header is removed."""
     with mta.as_user("mst-alice", CLIENTS["telnet"][:2] + [str(postfix.ports["front"])]) as client:
