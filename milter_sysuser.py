@@ -36,6 +36,7 @@ import ast
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import grp
 import ipaddress
@@ -119,6 +120,12 @@ unidentified_action = "accept"
 # restart. Example: {"*": 200, "www-data": 1000, "root": None}
 hourly_limits = {}
 
+# The networks of this host's containers (docker, podman, LXC): their clients are named, too, by the
+# kernel's uid as a number. It takes the helper. The trap: a container without a user namespace has
+# the host's uids, its root is uid 0, and lists and limits count it as that.
+# Example: ["172.17.0.0/16", "fd00:17::/64"]
+container_networks = []
+
 # The name of the header that is added, and removed wherever else it comes from. The trap: a new
 # name leaves the old one to forgers. Example: "X-Local-Sender"
 header_name = "X-Sender-Process-Info"
@@ -147,7 +154,7 @@ settings_file = "/etc/milter_sysuser.conf"
 DEFAULTS: dict[str, Any] = {  # the settings as delivered
     "socketname": "/var/spool/postfix/private/milter.sock", "timeout": 0, "run_as_user": "postfix",
     "blocked_mailusers": [], "blocked_mailusers_file": None, "allowed_mailusers": None,
-    "blocked_action": "reject", "unidentified_action": "accept", "hourly_limits": {},
+    "blocked_action": "reject", "unidentified_action": "accept", "hourly_limits": {}, "container_networks": [],
     "header_name": "X-Sender-Process-Info", "header_fields": ["user", "program"],
     "log_fields": ["user", "uid", "program", "pid", "exe", "dir", "unit"],
     "lsof_command": ["sudo", "-n", "/usr/bin/lsof"], "settings_file": "/etc/milter_sysuser.conf"}
@@ -157,7 +164,7 @@ UNIDENTIFIED_ACTIONS = ("accept", "tempfail", "quarantine", "reject")
 REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
 UNIDENTIFIED = "Sender process could not be identified"
 # Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
-OUR_FAULTS = {"busy", "error", "no-helper", "not-permitted", "timeout"}
+OUR_FAULTS = {"busy", "container", "error", "no-helper", "not-permitted", "timeout"}
 ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
 LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
 
@@ -296,7 +303,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
         except ValueError:
             server = None
         try:
-            return self.lookup.find_client_socket(client, server)
+            owner = self.lookup.find_client_socket(client, server)
+            if owner is None and isinstance(self.lookup, KernelLookup) and in_container_networks(client.address):
+                owner = find_container_client(self.lookup, self.describer, client, server)
+            return owner
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
             return ClientSocket(None, "error")
@@ -326,7 +336,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if self.account is None and self.owner and self.owner.uid is not None:
             if "pid" not in self.facts:
                 self.facts = self.describer.describe(self.owner)
-            self.account = self.directory.account(self.owner.uid)
+            self.account = self.directory.account(self.owner.uid, self.owner.in_container)
         return int(Milter.CONTINUE)
 
     @noreply  # type: ignore[untyped-decorator]
@@ -427,10 +437,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if owner is None or owner.uid is None:
             return Sender(None, owner.why if owner else "")
         facts = self.facts
-        account = self.account or self.directory.account(owner.uid)
+        account = self.account or self.directory.account(owner.uid, owner.in_container)
         other = None
         if facts.get("holder", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder"])
+            holder = self.directory.account(facts["holder"], owner.in_container)
             other = holder if holder.uid != account.uid else None
         why = self.why_not_named(owner, account, facts)
         if why:
@@ -546,6 +556,7 @@ class ClientSocket(NamedTuple):
     interface: int = 0  # the index under which the kernel found it
     mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
+    in_container: bool = False  # whether the uid's name is the container's own, not this host's
 
 
 class Account(NamedTuple):
@@ -1047,8 +1058,15 @@ class Directory:
         self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def account(self, uid: int) -> Account:
-        """Say who has a uid."""
+    def account(self, uid: int, in_container: bool = False) -> Account:
+        """Say who has a uid; in a container that is its number, unless it is delegated to somebody."""
+        if in_container:
+            try:
+                number = not delegated_to(uid)
+            except (OSError, ValueError):
+                return Account(uid, uid, why="error")
+            if number:
+                return Account(uid, uid, str(uid), answered=True)
         found, current = self.ask(look_up_account, uid, state_of_files(), SENDER_WAITS)
         account: Account = found or Account(uid, uid)
         if current:
@@ -1458,10 +1476,10 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
 
 
 # ------------------------------------------------------- description: which process has the socket
-# The helper is asked in this form, and with nothing else: number, kind, uid, inode, cgroup. It
+# The helper is asked in this form, and with nothing else: number, kind, uid, inode, cgroup, ENDS. It
 # answers in JSON: the number, and facts about one process or an address and a port.
-QUESTION = struct.Struct("=QBIQQ")
-WHO_HAS, WHAT_WAS_DIALLED = 1, 2
+QUESTION = struct.Struct("=QBIQQ36s")
+WHO_HAS, WHAT_WAS_DIALLED, WHOSE_IN_CONTAINERS = 1, 2, 3
 
 
 class Describer:
@@ -1502,7 +1520,12 @@ class Describer:
             return endpoint(facts["address"], facts["port"])
         return str(facts["why"]) if facts.get("why") in ("busy", "timeout") else "redirected"
 
-    def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
+    def find_in_containers(self, client: Endpoint, server: Endpoint) -> Facts:
+        """Say whose a container's socket is, by both ends: uid, inode and cgroup."""
+        ends = [(V4_MAPPED + end.address)[-16:] + end.port.to_bytes(2, "big") for end in (client, server)]
+        return self._ask_helper(WHOSE_IN_CONTAINERS, 0, 0, 0, b"".join(ends))
+
+    def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int, ends: bytes = b"") -> Facts:
         deadline = time.monotonic() + HELPER_SECONDS
         if not self.lock.acquire(timeout=HELPER_SECONDS):
             return {"why": "busy"}
@@ -1514,7 +1537,7 @@ class Describer:
             if self.owes and self._receive(channel, min(deadline, self.asked + HELPER_SECONDS)) is None:
                 return {"why": "timeout"}
             self.number, self.asked = self.number + 1, time.monotonic()
-            channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup), socket.MSG_DONTWAIT)
+            channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup, ends), socket.MSG_DONTWAIT)
             self.owes = True
             return self._receive(channel, deadline) or {"why": "timeout"}
         except OSError:  # it has ended just now, which _watch says
@@ -1650,8 +1673,9 @@ class Finder:
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
         self.deadline, self.links, self.denied = 0.0, 0, False
+        self.namespaces = Namespaces(self.charge)
 
-    def answer(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
+    def answer(self, kind: int, uid: int, inode: int, cgroup: int, ends: bytes = b"") -> Facts:
         """Describe the process that has a socket, or say what an accepted one's client dialled.
 
         {"why": word} if that is not known.
@@ -1659,6 +1683,8 @@ class Finder:
         now = time.monotonic()
         # Others may have crowded root's cgroup, so root pauses in that one only.
         payer = self.payer(uid) if uid else (uid, cgroup)
+        if kind == WHOSE_IN_CONTAINERS:  # the namespaces that had the address pay; new ones as one
+            payer = tuple(self.namespaces.places.get(ends[:16], ()))
         if self.paused_until.get(payer, 0.0) > now:
             return {"why": "busy"}
         self.paused_until = {user: until for user, until in self.paused_until.items() if until > now}
@@ -1666,6 +1692,8 @@ class Finder:
         processor_then = time.process_time()
         self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
         try:
+            if kind == WHOSE_IN_CONTAINERS:
+                return self.find_in_containers(ends)
             for _ in range(3):  # what has it may end, or move it, and another may have it still
                 found = self.find_holder()
                 if found is None:
@@ -1708,6 +1736,18 @@ class Finder:
             if f"socket:[{os.fstat(copy.fileno()).st_ino}]" != self.target:
                 raise FileNotFoundError  # the number of the process or descriptor is another's now
             return original_destination(copy)
+
+    def find_in_containers(self, ends: bytes) -> Facts:
+        """Give uid, inode and cgroup of a container's socket; {"why": word} if that is not known."""
+        found = self.namespaces.find(ends[:18], ends[18:])
+        if found is None:
+            return {"why": "container"}
+        self.uid, inode, pid = found
+        self.target, self.cgroup = f"socket:[{inode}]", cgroup_of(self.cgroups, pid)
+        if self.uid == 0:  # see find_other_holder: that takes the cgroup of whoever has the socket
+            holder = self.find_holder()
+            self.cgroup = cgroup_of(self.cgroups, holder[0]) if holder else 0
+        return {"uid": self.uid, "inode": inode, "cgroup": self.cgroup}
 
     def find_holder(self) -> Optional[tuple[int, str]]:
         """Find a process that has the socket, and the link below its directory, or None."""
@@ -1845,9 +1885,9 @@ def unit_of(cgroups: str) -> Optional[str]:
     """Find the first .service or .scope in /proc/PID/cgroup; users make others below."""
     lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
     paths = [line.split(":", 2)[2] for line in lines]
-    for part in "/".join(paths).split("/"):
-        if part.endswith((".service", ".scope")):
-            return part
+    found = re.search(r"/(lxc/[^/]+|lxc\.payload[^/]*|[^/]*\.(?:service|scope))(?=/|$)", "".join(paths))
+    if found:
+        return found[1]
     return next((path for path in paths if path.strip("/")), None)
 
 
@@ -2008,6 +2048,155 @@ def lsof_allowed() -> bool:
         return False
 
 
+# ---------------------------------- containers: clients in other network namespaces of this host
+# Two ends stand in a question to the helper as address and port each, IPv4 as IPv6 has it.
+V4_MAPPED = bytes(10) + b"\xff\xff"
+NEVER_CONTAINERS = [ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1", "::ffff:0:0/96")]
+ABSENT_SECONDS = 1.0  # before a client that no namespace had is looked for in all of them again
+MOST_ADDRESS_BYTES, MOST_TABLE_BYTES = 1 << 16, 1 << 25  # to read; a container's addresses take 1,000
+NS_GET_USERNS, NS_GET_OWNER_UID, CLONE_NEWNET = 0xB701, 0xB704, 0x40000000  # linux/nsfs.h, sched.h
+# What follows both ends in a row of /proc/PID/net/tcp (net/ipv4/tcp_ipv4.c): state, uid, inode.
+ROW = re.compile(r"([0-9A-F]{2})(?: [0-9A-F]+:[0-9A-F]+){2} [0-9A-F]+ +(\d+) +\d+ (\d+) .*\n")
+Found = Optional[tuple[int, int, int]]  # uid and inode of a socket, and a process of its namespace
+
+
+@functools.lru_cache(maxsize=1024)
+def in_container_networks(address: bytes) -> bool:
+    """Tell whether an address is one of a container's, as the setting has it."""
+    return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in container_networks)
+
+
+def find_container_client(lookup: KernelLookup, describer: Describer, client: Endpoint,
+                          server: Optional[Endpoint]) -> Optional[ClientSocket]:
+    """Say whose the client's end in a container is; None if the MTA's end is not on this host; OSError.
+
+    The MTA's end is looked at first: while it lives, the client's end cannot change hands, and
+    "confirm" looks whether it has lived since.
+    """
+    if not is_whole(server):
+        sockets = dump_sockets(server.port if server else 0, client.port)
+        server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+    mta_end = lookup.find_on_any_device(server, client) if server else None
+    if mta_end is None:
+        elsewhere = server and not lookup.is_local(server.address)
+        return None if elsewhere else ClientSocket(None, "closed")
+    facts = describer.find_in_containers(client, mta_end.source)
+    numbers: dict[str, Any] = {name: facts.get(name) for name in ("uid", "inode", "cgroup")}
+    if not all(map(whole, numbers.values())):
+        why = str(facts.get("why"))
+        return ClientSocket(None, why if why in ("busy", "timeout") else "container")
+    return client_socket(mta_end._replace(**numbers), mta_end)._replace(in_container=True)
+
+
+class Namespaces:
+    """Find a client's socket in the network namespaces of this host; runs in the helper.
+
+    A namespace counts if root made the user namespace that it belongs to: whoever else makes one can
+    give it any address and any socket. Memory only says where to look first.
+    """
+
+    def __init__(self, charge: Callable[[int], None]) -> None:
+        self.charge = charge
+        self.places: dict[bytes, dict[int, int]] = {}  # by address: namespaces, and a process in each
+        self.absent: dict[bytes, float] = {}  # by address: when it was looked for in vain
+
+    def find(self, client: bytes, server: bytes) -> Found:
+        """Find the client's socket; None if there is none, or more than one; BusyError."""
+        found, now = self.look(client, server), time.monotonic()
+        if not found and now - self.absent.get(client[:16], -ABSENT_SECONDS) >= ABSENT_SECONDS:
+            self.walk()
+            found = self.look(client, server)
+            if not found:
+                remember(self.absent, client[:16], now)
+        return found.pop() if len(found) == 1 else None
+
+    def walk(self) -> None:
+        """Note the addresses of all namespaces that count."""
+        processes: dict[int, int] = {}
+        for pid in psutil.pids():
+            self.charge(1)
+            with contextlib.suppress(OSError):
+                processes.setdefault(os.stat(f"/proc/{pid}/ns/net").st_ino, pid)
+        processes.pop(os.stat("/proc/self/ns/net").st_ino, None)  # sock_diag knows that one
+        for namespace, pid in processes.items():
+            with contextlib.suppress(OSError):
+                if namespace_that_counts(pid) == namespace:
+                    for address in self.addresses(pid):
+                        remember(self.places, address, {**self.places.get(address, {}), namespace: pid})
+
+    def look(self, client: bytes, server: bytes) -> set[Found]:
+        """Give the sockets with these ends, where the client's address was; None is one that is odd.
+
+        A process can leave its namespace for one that does not count, and cannot come back: it must
+        be in the same before and after.
+        """
+        found: set[Found] = set()
+        for namespace, pid in self.places.get(client[:16], {}).items():
+            with contextlib.suppress(OSError):
+                before = namespace_that_counts(pid)
+                sockets = self.sockets(pid, client, server) if client[:16] in self.addresses(pid) else []
+                if before == namespace == namespace_that_counts(pid):
+                    found.update(sockets)
+        return found
+
+    def addresses(self, pid: int) -> set[bytes]:
+        """Give the addresses of a process's namespace, each as 16 bytes."""
+        trie = self.read(pid, "fib_trie", MOST_ADDRESS_BYTES)
+        v4 = re.findall(r"\|-- ([0-9.]+)\n(?: +/.*\n)*? +/32 host LOCAL\n", trie)
+        v6 = re.findall(r"(?m)^[0-9a-f]{32}", self.read(pid, "if_inet6", MOST_ADDRESS_BYTES))
+        return {V4_MAPPED + socket.inet_aton(text) for text in v4} | set(map(bytes.fromhex, v6))
+
+    def sockets(self, pid: int, *ends: bytes) -> list[Found]:
+        """Give the sockets with these ends in a process's namespace."""
+        found: list[Found] = []
+        for table, words in ("tcp", 1), ("tcp6", 4):
+            if not found and (words == 4 or ends[0].startswith(V4_MAPPED)):
+                near, far = ("%08X" * words % struct.unpack("=4I", end[:16])[-words:] + ":" + end[16:].hex().upper()
+                             for end in ends)
+                rows = re.findall(f": {near} {far} (.*\n?)", self.read(pid, table, MOST_TABLE_BYTES))
+                for row in map(ROW.fullmatch, rows):
+                    if row is None or int(row[1], 16) in STATES:
+                        found.append(row and (int(row[2]), int(row[3]), pid))
+        return found
+
+    def read(self, pid: int, name: str, most: int) -> str:
+        """Read a file of a process's namespace; "" if it is not there, or longer than that; BusyError."""
+        data = b""
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/net/{name}", "rb", buffering=0) as file:
+            while len(data) <= most and (part := file.read(65536)):
+                self.charge(1 + len(part) // 100)
+                data += part
+        return data.decode("ascii", "replace") if len(data) <= most else ""
+
+
+def namespace_that_counts(pid: int) -> int:
+    """Give a process's network namespace; 0 if not root made the user namespace of that; OSError."""
+    with open(f"/proc/{pid}/ns/net", "rb", buffering=0) as network, \
+            open(fcntl.ioctl(network, NS_GET_USERNS), "rb", buffering=0) as users:
+        made_by_root = fcntl.ioctl(users, NS_GET_OWNER_UID, bytes(4)) == bytes(4)
+        return os.fstat(network.fileno()).st_ino if made_by_root else 0
+
+
+def cgroup_of(mount: Optional[int], pid: int) -> int:
+    """Give the id of a process's cgroup v2; 0 if it is not known."""
+    with contextlib.suppress(OSError):
+        path = re.search(r"^0::/(.*)$", read_file(f"/proc/{pid}/cgroup"), re.MULTILINE)
+        return os.stat(path[1] or ".", dir_fd=mount).st_ino if path and mount is not None else 0
+    return 0
+
+
+def network_problems(networks: Any) -> Iterator[str]:
+    """Check container_networks."""
+    for network in networks if isinstance(networks, list) else [networks]:
+        try:
+            wrong = any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS))
+            problem = f"{network!r} holds loopback addresses, or IPv4 ones as IPv6 has them" if wrong else ""
+        except ValueError as error:
+            problem = str(error)
+        if problem or not isinstance(networks, list):
+            yield f"{problem or repr(networks)}: must be a list of networks, like [\"172.17.0.0/16\"]"
+
+
 # --------------------------------------------------------------- settings: every rule in one place
 def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Override settings by those of settings_file; give where each stands, and what is wrong."""
@@ -2159,6 +2348,7 @@ def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif values[name] is not None or name == "blocked_mailusers":
             yield name, 'must be a list, like ["bob"]'
     yield "lsof_command", command_problem(values["lsof_command"])
+    yield from (("container_networks", problem) for problem in network_problems(values["container_networks"]))
     yield from (("hourly_limits", problem) for problem in limits_problems(values["hourly_limits"]))
 
 
