@@ -33,9 +33,56 @@ import milter_sysuser as ms  # noqa: E402
 
 HEADER = "X-Sender-Process-Info"
 NETWORKS = ["172.17.0.0/16", "fd00:17::/64"]
-FAMILIES = {"ip": types.SimpleNamespace(prefix="172.17.0.", length=16), "ip6": types.SimpleNamespace(prefix="fd00:17::", length=64)}
+FAMILIES = {"ip": types.SimpleNamespace(prefix="172.17.0.", server="172.17.0.1"),
+            "ip6": types.SimpleNamespace(prefix="fd00:17::", server="fd00:17::1")}
 FIRST_UID = 100000  # what a mapped container's root is outside of it; see mta.USER_NAMESPACE
 ID = secrets.token_hex(32)  # as docker and podman name containers; two runs at once have different ones
+OF_BOB = ["setpriv", "--reuid=mst-bob", "--regid=mst-bob", "--init-groups", "unshare", "--user", "--map-root-user"]
+
+# A connection within a namespace that has both ends' addresses: what a guest has whose ends they are.
+DECOY = """
+import socket, sys
+(near, port), (far, service) = [(sys.argv[n], int(sys.argv[n + 1])) for n in (1, 3)]
+listener = socket.create_server((far, service), family=socket.AF_INET6 if ":" in far else socket.AF_INET)
+client = socket.create_connection((far, service), source_address=(near, port))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+RESET = """
+import socket, struct, sys
+(near, port), (far, service) = [(sys.argv[n], int(sys.argv[n + 1])) for n in (1, 3)]
+client = socket.create_connection((far, service), source_address=(near, port))
+client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+client.close()
+print("reset", flush=True)
+sys.stdin.read()
+"""
+# Root makes a socket; the process that sends with it is another user's, and root keeps it.
+HANDED_DOWN = """
+import os, socket, sys
+client = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+if os.fork() == 0:
+    os.setgroups([])
+    os.setgid(33)
+    os.setuid(33)
+    lines = client.makefile("rb")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for text in ("", "HELO client", "MAIL FROM:<from@example.org>", "RCPT TO:<to@example.org>", "DATA",
+                 "Subject: handed down\\r\\n\\r\\nbody\\r\\n."):
+        if text:
+            client.sendall(text.encode() + b"\\r\\n")
+        print(lines.readline().decode(), end="", flush=True)
+    os._exit(0)
+os.wait()
+"""
+ALL_AT_ONCE = """
+import socket, sys
+client = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+client.sendall(b"EHLO client\\r\\nMAIL FROM:<from@example.org>\\r\\nRCPT TO:<to@example.org>\\r\\nDATA\\r\\n"
+               b"Subject: hasty\\r\\n\\r\\nbody\\r\\n.\\r\\nQUIT\\r\\n")
+client.recv(100)
+"""
 
 
 def ip(*batches: Sequence[str], enter: Sequence[str] = ()) -> None:
@@ -49,54 +96,76 @@ def ip(*batches: Sequence[str], enter: Sequence[str] = ()) -> None:
 
 
 class Guest:
-    """A container: a network namespace and processes in a cgroup.
+    """A container: a network namespace and processes in a cgroup, on the host's bridge if it has a number.
 
     number   the last part of its addresses
-    cgroup   its cgroup, below the mount; None: the one that everything is in
+    cgroup   its cgroup; None: the one that everything is in
     prefix   a command that makes its user namespace, if it has one
-    within   further namespaces to enter from outside
     """
 
-    def __init__(self, host: Namespace, number: int, cgroup: Optional[pathlib.Path] = None,
-                 prefix: Sequence[str] = (), within: Sequence[str] = ()) -> None:
-        self.cgroup = cgroup
-        self.process = subprocess.Popen([*self.moved(), *prefix, "unshare", "--net", "sh", "-c", "echo ready; exec cat"],
+    def __init__(self, host: Namespace, number: int = 0, cgroup: Optional[pathlib.Path] = None,
+                 prefix: Sequence[str] = ()) -> None:
+        self.moved = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec "$@"', "sh"] if cgroup else []
+        self.process = subprocess.Popen([*self.moved, *prefix, "unshare", "--net", "sh", "-c", "echo ready; exec cat"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if not self.process.stdout.readline():
             pytest.skip(f"no such container here: {self.process.communicate()[1].strip()}")
-        self.enter = [*self.moved(), "nsenter", f"--target={self.process.pid}", "--net", *within]
-        self.join(host, number)
+        self.pid = self.process.pid
+        self.as_root = ["nsenter", f"--target={self.pid}", "--net"]
+        self.enter = [*self.moved, *self.as_root, *(["--user"] if prefix else [])]
+        ip(["link set lo up"], [], enter=self.as_root)
+        if number:
+            ip([f"link add g{self.pid} type veth peer name eth0 netns {self.pid}", f"link set g{self.pid} master br0 up"],
+               [], enter=host.enter)
+            self.take(number, "eth0")
+            ip(["link set eth0 up"], [], enter=self.as_root)
 
-    def moved(self) -> list[str]:
-        """Give a prefix that moves a command into the cgroup."""
-        return ["sh", "-c", f'echo $$ >{self.cgroup}/cgroup.procs && exec "$@"', "sh"] if self.cgroup else []
+    def take(self, number: int, device: str) -> None:
+        """Give it the addresses with that number."""
+        ip([f"address add 172.17.0.{number}/16 dev {device}"], [f"address add fd00:17::{number}/64 dev {device} nodad"],
+           enter=self.as_root)
 
-    def join(self, host: Namespace, number: int) -> None:
-        """Connect it to the host's bridge."""
-        name = f"g{self.process.pid}"
-        ip([f"link add {name} type veth peer name eth0 netns {self.process.pid}", f"link set {name} master br0 up"], [],
-           enter=host.enter)
-        ip(["link set lo up", "link set eth0 up", f"address add 172.17.0.{number}/16 dev eth0"],
-           [f"address add fd00:17::{number}/64 dev eth0 nodad"], enter=self.enter[:-1] if "--user" in self.enter else self.enter)
+    def drop(self, number: int) -> None:
+        """Take the addresses with that number from it."""
+        ip([f"address del 172.17.0.{number}/16 dev eth0"], [f"address del fd00:17::{number}/64 dev eth0"], enter=self.as_root)
 
-    def start(self, argv: Sequence[str], uid: Optional[int] = None) -> subprocess.Popen:
+    def start(self, argv: Sequence[str], uid: int = 0) -> subprocess.Popen:
         """Start a command in it under that uid of its own; its standard streams are text pipes."""
-        user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid is not None else []
+        user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
         return subprocess.Popen([*self.enter, *user, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, cwd="/")
+
+    @contextlib.contextmanager
+    def holding(self, code: str, *arguments: Any, uid: int = 0) -> Iterator[subprocess.Popen]:
+        """Have a snippet of Python run in it that says when it is ready, and waits."""
+        with self.start([PYTHON, "-c", code, *map(str, arguments)], uid) as process:
+            try:
+                assert process.stdout.readline(), process.stderr.read()
+                yield process
+            finally:
+                process.kill()
 
     def stop(self) -> None:
         """End it."""
         self.process.communicate()
 
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
 
 class Net(types.SimpleNamespace):
     """The .host, and in it a .postfix and its .milter; .guests by name."""
 
+    def smtp(self, family: str, *options: str) -> list[str]:
+        """Give the command of a client that dials the host."""
+        return smtp(self.postfix.port, "--dial", FAMILIES[family].server, *options)
+
     def send(self, guest: Guest, family: str, *options: str, uid: int = 33) -> str:
         """Send a message from a guest and give the replies."""
-        client = guest.start(smtp(self.postfix.port, "--dial", f"{FAMILIES[family].prefix}1", *options), uid)
-        output, errors = client.communicate(timeout=60)
+        output, errors = guest.start(self.smtp(family, *options), uid).communicate(timeout=60)
         assert not errors, errors
         return output
 
@@ -130,7 +199,19 @@ def cgroup(path: str) -> Iterator[Optional[pathlib.Path]]:
 
 
 @pytest.fixture(scope="module")
-def network(users: Any, sees_others: None) -> Iterator[Net]:
+def subuid(users: Any) -> Iterator[pathlib.Path]:
+    """Give /etc/subuid, in which nothing is delegated; afterwards it is as it was."""
+    path = pathlib.Path("/etc/subuid")
+    before = path.read_bytes() if path.exists() else b""
+    path.write_text("")
+    try:
+        yield path
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def network(subuid: Any, sees_others: None) -> Iterator[Net]:
     """Make the host, its bridge, the guests, Postfix and a milter."""
     with contextlib.ExitStack() as stack:
         host = Namespace()
@@ -140,15 +221,16 @@ def network(users: Any, sees_others: None) -> Iterator[Net]:
         mapped = mta.user_namespace(65536)
         if mapped is None:
             pytest.skip("no user namespace here")
-        guests = {}
-        for name, number, path, prefix, within in (
-                ("docker", 5, f"system.slice/docker-{ID}.scope", (), ()),
-                ("podman", 6, f"machine.slice/libpod-{ID}.scope/container", mapped, ("--user",)),
-                ("lxc", 7, f"lxc.payload.web-{ID[:8]}/system.slice/apache2.service", mapped, ("--user",))):
-            guests[name] = Guest(host, number, stack.enter_context(cgroup(path)), prefix, within)
-            stack.callback(guests[name].stop)
-        postfix = stack.enter_context(Inside(host.enter, addresses="all", main_cf={"mynetworks": "127.0.0.0/8 172.17.0.0/16 [fd00:17::]/64"}))
-        milter = stack.enter_context(Milter(postfix, prefix=host.enter, container_networks=NETWORKS))
+        guests = {name: stack.enter_context(Guest(host, number, stack.enter_context(cgroup(path)), prefix))
+                  for name, number, path, prefix in (
+                      ("docker", 5, f"system.slice/docker-{ID}.scope", []),
+                      ("podman", 6, f"machine.slice/libpod-{ID}.scope/container", mapped),
+                      ("lxc", 7, f"lxc.payload.{ID[:8]}/system.slice/apache2.service", mapped))}
+        other = "{ unix:private/other.sock, default_action=accept }"
+        postfix = stack.enter_context(Inside(host.enter, addresses="all", services={"other": {"smtpd_milters": other}}, main_cf={
+            "mynetworks": "127.0.0.0/8 172.17.0.0/16 [::1]/128 [fd00:17::]/64"}))
+        milter = stack.enter_context(Milter(postfix, prefix=host.enter, container_networks=NETWORKS,
+                                            blocked_mailusers=["mst-bob", 1033, FIRST_UID + 1033]))
         yield Net(host=host, guests=guests, postfix=postfix, milter=milter)
 
 
@@ -168,11 +250,184 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("guest, uid, unit", [
-    ("docker", 33, f"docker-{ID}.scope"), ("podman", FIRST_UID + 33, f"libpod-{ID}.scope"), ("lxc", FIRST_UID + 33, f"lxc.payload.web-{ID[:8]}")])
-def test_a_containers_client_is_named(guest: str, uid: int, unit: str, family: str, net: Net) -> None:
-    """By the kernel's uid as a number."""
+# --- who is named -----------------------------------------------------------------------------------------------
+
+UNITS = {"docker": f"docker-{ID}.scope", "podman": f"libpod-{ID}.scope", "lxc": f"lxc.payload.{ID[:8]}"}
+
+
+@pytest.mark.parametrize("guest, first", [("docker", 0), ("podman", FIRST_UID), ("lxc", FIRST_UID)])
+def test_a_containers_client_is_named_by_the_kernels_uid(guest: str, first: int, family: str, net: Net) -> None:
+    """Whatever the host calls that uid; the unit is the container's."""
     net.send(net.guests[guest], family)
-    assert net.headers() == [[f"user={uid} program=python3"]]
-    print(net.line())
-    assert f" user={uid} uid={uid} program=python3 " in net.line() and f" unit={unit} " in net.line()
+    assert net.headers() == [[f"user={first + 33} program=python3"]]
+    unit = f" unit={UNITS[guest]} " if mta.cgroup_v2() else " unit="
+    assert f" user={first + 33} uid={first + 33} program=python3 " in net.line() and unit in net.line()
+    assert net.line().endswith(" action=tag")
+
+
+def test_a_client_with_a_socket_for_both_families_is_named(net: Net) -> None:
+    """It has IPv4 as IPv6 has it, as Java does."""
+    if not mta.kernel_has_ipv6():
+        pytest.skip("no IPv6 here")
+    client = net.guests["podman"].start(smtp(net.postfix.port, "--dial", "::ffff:172.17.0.1"), 33)
+    assert "250 2.0.0 Ok" in client.communicate(timeout=60)[0]
+    assert net.headers() == [[f"user={FIRST_UID + 33} program=python3"]]
+
+
+def test_root_of_a_container_is_a_number(family: str, net: Net) -> None:
+    """Uid 0 where it has no user namespace; never root."""
+    for n, (guest, uid) in enumerate({"docker": 0, "podman": FIRST_UID}.items(), 1):
+        net.send(net.guests[guest], family, uid=0)
+        assert net.headers(n)[-1] == [f"user={uid} program=python3"]
+        assert f" user={uid} uid={uid} program=python3 " in net.line() and "root" not in net.line()
+
+
+def test_a_socket_that_a_containers_root_has_handed_down_is_nobodys(family: str, net: Net) -> None:
+    """As on the host: a process of another user in the container has it, too."""
+    with net.guests["docker"].holding(HANDED_DOWN, FAMILIES[family].server, net.postfix.port) as client:
+        assert "250 2.0.0 Ok" in client.communicate("\n", timeout=60)[0]
+    assert net.headers() == [["user=? program=?"]]
+    assert " user=? uid=? " in net.line() and net.line().endswith(" lookup=handed-down maybe=0 holder=33")
+
+
+def test_a_uid_that_is_delegated_is_the_user_it_was_delegated_to(net: Net, subuid: pathlib.Path) -> None:
+    """As docker's userns-remap has it, or a user whose range it is; refused if that one is blocked."""
+    subuid.write_text(f"mst-alice:{FIRST_UID}:1000\nmst-bob:{FIRST_UID + 1000}:1000\n")
+    try:
+        net.send(net.guests["podman"], "ip")
+        assert net.headers() == [["user=mst-alice program=python3"]]
+        assert f" user=mst-alice uid={FIRST_UID + 33} " in net.line()
+        assert "550 5.7.1 User mst-bob is blocked" in net.send(net.guests["podman"], "ip", uid=1100)
+    finally:
+        subuid.write_text("")
+
+
+def test_a_uid_that_is_listed_is_refused(family: str, net: Net) -> None:
+    """By its number, as the kernel has it."""
+    for guest, uid in {"docker": 1033, "podman": FIRST_UID + 1033}.items():
+        assert f"550 5.7.1 User {uid} is blocked from sending mail" in net.send(net.guests[guest], family, uid=1033)
+    assert "250 2.0.0 Ok" in net.send(net.guests["lxc"], family, uid=33)
+
+
+def test_every_message_of_a_connection_is_named(family: str, net: Net) -> None:
+    """Also those after the first."""
+    net.send(net.guests["lxc"], family, "--messages", "3")
+    assert net.headers(3) == [[f"user={FIRST_UID + 33} program=python3"]] * 3
+
+
+def test_hosts_users_are_named_as_ever(family: str, net: Net) -> None:
+    """At the bridge's address, too."""
+    client = net.host.as_user("mst-alice", net.smtp(family))
+    assert "250 2.0.0 Ok" in client.communicate(timeout=60)[0]
+    assert net.headers() == [["user=mst-alice program=python3"]]
+
+
+# --- who is not ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [5, 6])
+def test_a_decoy_in_a_namespace_that_a_user_made_names_nobody(number: int, family: str, net: Net) -> None:
+    """It has the very same endpoints; the container's client is named as ever."""
+    port, ends = str(mta.free_port()), FAMILIES[family]
+    with Guest(net.host, prefix=OF_BOB) as own:
+        for address in 1, number:
+            own.take(address, "lo")
+        with own.holding(DECOY, f"{ends.prefix}{number}", port, ends.server, net.postfix.port):
+            net.send(net.guests["docker" if number == 5 else "podman"], family, "--bind-port", port)
+    assert net.headers() == [[f"user={33 if number == 5 else FIRST_UID + 33} program=python3"]]
+
+
+def test_a_client_in_a_namespace_that_a_user_made_is_nobodys(family: str, net: Net) -> None:
+    """As an unprivileged LXC guest, which a setuid program connects to the bridge: it could have any decoy."""
+    with Guest(net.host, 9, prefix=OF_BOB) as own:
+        net.send(own, family, uid=0)
+    assert net.headers() == [["user=? program=?"]]
+    assert " user=? uid=? " in net.line() and net.line().endswith(" action=tag lookup=container")
+
+
+def test_two_sockets_with_the_same_ends_are_nobodys(family: str, net: Net) -> None:
+    """In namespaces that both count, as a privileged container can make them."""
+    port, ends = str(mta.free_port()), FAMILIES[family]
+    with Guest(net.host, 8) as guest, Guest(net.host) as decoy:
+        for address in 1, 8:
+            decoy.take(address, "lo")
+        with decoy.holding(DECOY, f"{ends.prefix}8", port, ends.server, net.postfix.port):
+            net.send(guest, family, "--bind-port", port)
+    assert net.headers() == [["user=? program=?"]]
+    assert net.line().endswith(" action=tag lookup=container")
+
+
+def test_a_decoy_beside_a_client_whose_socket_cannot_be_seen_names_nobody(family: str, net: Net) -> None:
+    """Not the one either who made it: his own client is in a namespace that does not count."""
+    port, ends = str(mta.free_port()), FAMILIES[family]
+    with Guest(net.host, 9, prefix=OF_BOB) as own, Guest(net.host, prefix=OF_BOB) as decoy:
+        for address in 1, 9:
+            decoy.take(address, "lo")
+        with decoy.holding(DECOY, f"{ends.prefix}9", port, ends.server, net.postfix.port):
+            net.send(own, family, "--bind-port", port, uid=0)
+    assert net.headers() == [["user=? program=?"]]
+    assert "mst-" not in net.line()
+
+
+def test_a_port_that_another_container_uses_again_is_never_the_first_ones(family: str, net: Net) -> None:
+    """It resets before the look, and another container gets its address and dials from the same port."""
+    port, ends = str(mta.free_port()), FAMILIES[family]
+    with Guest(net.host, 8) as first, Guest(net.host, 10, prefix=mta.user_namespace(65536)) as second:
+        net.send(first, family)  # so that it is known
+        os.kill(net.milter.pid, signal.SIGSTOP)
+        try:
+            with first.holding(RESET, f"{ends.prefix}8", port, ends.server, net.postfix.port, uid=33):
+                pass
+            first.drop(8)
+            second.take(8, "eth0")
+            client = second.start(net.smtp(family, "--bind", f"{ends.prefix}8", "--bind-port", port), 33)
+            time.sleep(0.2)
+        finally:
+            os.kill(net.milter.pid, signal.SIGCONT)
+        output, errors = client.communicate(timeout=60)
+    assert not errors
+    assert net.headers(2)[1] in ([f"user={FIRST_UID + 33} program=python3"], ["user=? program=?"])
+
+
+def test_a_container_that_gets_anothers_address_is_named_at_once(family: str, net: Net) -> None:
+    """What was known of the address is not believed."""
+    with Guest(net.host, 8) as first:
+        net.send(first, family)
+    with Guest(net.host, 8, prefix=mta.user_namespace(65536)) as second:
+        net.send(second, family)
+    assert net.headers(2) == [["user=33 program=python3"], [f"user={FIRST_UID + 33} program=python3"]]
+
+
+def test_a_container_that_has_ended_leaves_its_client_unknown(family: str, net: Net) -> None:
+    """Its last message is complete, and nobody is there to be described."""
+    with Guest(net.host, 8) as guest:
+        (helper,) = net.milter.helper_pids()
+        os.kill(helper, signal.SIGSTOP)
+        try:
+            client = guest.start([PYTHON, "-c", ALL_AT_ONCE, FAMILIES[family].server, str(net.postfix.port)], 33)
+            client.communicate(timeout=60)
+        finally:
+            guest.stop()
+            os.kill(helper, signal.SIGCONT)
+    assert net.headers() == [["user=? program=?"]]
+    assert re.search(" lookup=(container|timeout|closed)$", net.line())
+
+
+def test_without_the_helper_a_containers_client_is_unknown(family: str, net: Net) -> None:
+    """Started without the privilege to look into other users' processes, and without lsof."""
+    nobody_looks = [*net.host.enter, "setpriv", "--bounding-set=-sys_ptrace,-dac_read_search"]
+    with Milter(prefix=nobody_looks, lsof_command=[], container_networks=NETWORKS, unidentified_action="reject",
+                socketname=f"{net.postfix.directory}/queue/private/other.sock") as milter:
+        client = net.guests["docker"].start(smtp(net.postfix.ports["other"], "--dial", FAMILIES[family].server), 33)
+        assert "450 4.7.1 Sender process could not be identified" in client.communicate(timeout=60)[0]
+        assert milter.wait_lines("action=")[0].endswith(" action=tempfail reason=unidentified lookup=container")
+
+
+@pytest.mark.parametrize("networks", [[], ["172.18.0.0/16", "fd00:18::/64"]])
+def test_an_address_that_is_in_no_such_network_is_another_hosts(networks: list[str], family: str, net: Net) -> None:
+    """No header, as without the setting."""
+    with Milter(prefix=net.host.enter, container_networks=networks,
+                socketname=f"{net.postfix.directory}/queue/private/other.sock") as milter:
+        client = net.guests["docker"].start(smtp(net.postfix.ports["other"], "--dial", FAMILIES[family].server), 33)
+        assert "250 2.0.0 Ok" in client.communicate(timeout=60)[0]
+        assert " action=pass" in milter.wait_lines("action=")[0]
+    assert net.headers() == [[]]
