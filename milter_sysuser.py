@@ -2057,7 +2057,7 @@ ABSENT_SECONDS = 1.0  # before an address whose client was not found is looked f
 MOST_ADDRESS_BYTES = 1 << 16  # to read of one namespace's; a container has some 1,000
 NS_GET_USERNS, NS_GET_OWNER_UID = 0xB701, 0xB704  # linux/nsfs.h
 # What follows both ends in a row of /proc/PID/net/tcp (net/ipv4/tcp_ipv4.c): state, uid, inode.
-ROW = rb"([0-9A-F]{2})(?: [0-9A-F]+:[0-9A-F]+){2} [0-9A-F]+ +(\d+) +\d+ (\d+) .*\n"
+ROW = rb"([0-9A-F]{2})(?: [0-9A-F]+:[0-9A-F]+){2} [0-9A-F]+ +(\d+) +\d+ (\d+) \d+ \S{8,} .*\n"
 
 
 def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint,
@@ -2154,10 +2154,11 @@ class Namespaces:
 
     def read(self, pid: int, name: str, most: int) -> bytearray:
         """Read a file of a process's namespace up to so many bytes; BusyError."""
-        data = bytearray()
+        data, part = bytearray(), b"?"
         with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/net/{name}", "rb", buffering=0) as file:
-            while len(data) < most and (part := file.read(1 << 16)):
-                self.charge(1 + len(part) // 100)
+            while part and len(data) < most:
+                part = file.read(1 << 16)
+                self.charge(1 + len(part) // 100)  # a row has 150 bytes
                 data += part
         return data
 
@@ -2327,14 +2328,16 @@ def list_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def network_problems(networks: Any) -> Iterator[str]:
     """Check container_networks."""
-    for network in networks if isinstance(networks, list) else [networks]:
+    if not isinstance(networks, list):
+        yield 'must be a list, like ["172.17.0.0/16"]'
+        return
+    for network in networks:
         try:
-            wrong = any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS))
-            problem = f"{network!r} holds loopback addresses, or IPv4 ones as IPv6 has them" if wrong else ""
-        except ValueError as error:
-            problem = str(error)
-        if problem or not isinstance(networks, list):
-            yield f"{problem or repr(network)}: must be a list of networks, like [\"172.17.0.0/16\"]"
+            well = not any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS))
+        except ValueError:
+            well = False
+        if not well:
+            yield f'{network!r} is not a network, like "172.17.0.0/16", with no host bits set and no loopback in it'
 
 
 def command_problem(command: Any) -> str:

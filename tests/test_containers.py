@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -75,6 +76,23 @@ if os.fork() == 0:
         print(lines.readline().decode(), end="", flush=True)
     os._exit(0)
 os.wait()
+"""
+ACCEPT = """
+import socket, sys
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])), family=socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
+print("ready", flush=True)
+client, address = listener.accept()
+print(address[1], flush=True)
+sys.stdin.readline()
+print(client.recv(100).decode(), flush=True)
+sys.stdin.read()
+"""
+CONNECT = """
+import socket, sys
+client = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+client.sendall(b"EHLO")
+print("connected", flush=True)
+sys.stdin.read()
 """
 ALL_AT_ONCE = """
 import socket, sys
@@ -431,3 +449,168 @@ def test_an_address_that_is_in_no_such_network_is_another_hosts(networks: list[s
         assert "250 2.0.0 Ok" in client.communicate(timeout=60)[0]
         assert " action=pass" in milter.wait_lines("action=")[0]
     assert net.headers() == [[]]
+
+
+# --- what the MTA says --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("server, outcome, lookup", [
+    ("203.0.113.5", "pass", ""), ("127.0.0.1", "tag", " lookup=closed"), ("", "tag", " lookup=closed")])
+def test_an_address_that_has_no_connection_here_names_nobody(server: str, outcome: str, lookup: str, net: Net) -> None:
+    """At another host's MTA it is another host's client; at this one's it has left, or is made up (XCLIENT)."""
+    with mta.Wire(net.milter.socketname) as wire:
+        wire.connect("172.17.0.5", 43210, **({"daemon_addr": server, "daemon_port": "25"} if server else {}))
+        assert wire.message()[:-1] == ([("addheader", HEADER, "user=? program=?")] if outcome == "tag" else [])
+    assert net.line().endswith(f" action={outcome}{lookup}")
+
+
+def test_a_containers_client_is_named_where_the_mta_says_a_wildcard(family: str, net: Net) -> None:
+    """As Sendmail does."""
+    port, server = mta.free_port(), FAMILIES[family].server
+    with subprocess.Popen([*net.host.enter, PYTHON, "-c", ACCEPT, server, str(port)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as listening:
+        try:
+            assert listening.stdout.readline() == "ready\n"
+            with net.guests["podman"].holding(CONNECT, server, port, uid=33), mta.Wire(net.milter.socketname) as wire:
+                wire.connect(f"{FAMILIES[family].prefix}6", int(listening.stdout.readline()),
+                             daemon_addr="0.0.0.0" if family == "ip" else "::", daemon_port=str(port))
+                listening.stdin.write("read\n")
+                listening.stdin.flush()
+                assert listening.stdout.readline() == "EHLO\n"
+                assert wire.message()[0] == ("addheader", HEADER, f"user={FIRST_UID + 33} program=python3")
+        finally:
+            listening.kill()
+
+
+# --- the search ---------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def connected(net: Net, guest: Guest, number: int) -> Iterator[bytes]:
+    """Have a client of uid 33 connected to Postfix; give both ends as the helper is told them."""
+    command = smtp(net.postfix.port, "--dial", "172.17.0.1", "--wait")
+    with guest.start(command, 33) as client:
+        client.stdout.readline()
+        port = int(client.stdout.readline().split()[1])
+        try:
+            yield b"".join(ms.V4_MAPPED + socket.inet_aton(f"172.17.0.{last}") + struct.pack("!H", of)
+                           for last, of in ((number, port), (1, net.postfix.port)))
+        finally:
+            client.kill()
+
+
+def answer(finder: ms.Finder, ends: bytes) -> dict:
+    """Ask for a client's socket."""
+    return finder.answer(ms.WHOSE_IN_CONTAINERS, 0, 0, 0, ends)
+
+
+def test_a_namespace_that_was_seen_is_found_without_looking_at_all_processes(
+        net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does another container that was there by then take it; one that has ended does."""
+    finder = ms.Finder(["program"])
+    with connected(net, net.guests["docker"], 5) as ends:
+        assert answer(finder, ends)["uid"] == 33
+    monkeypatch.setattr(finder.namespaces, "walk", lambda: pytest.fail("all processes"))
+    for name, number, first in ("docker", 5, 0), ("lxc", 7, FIRST_UID):
+        with connected(net, net.guests[name], number) as ends:
+            assert answer(finder, ends)["uid"] == first + 33
+
+
+def test_a_client_that_is_in_no_namespace_is_looked_for_everywhere_once_a_second(
+        net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a virtual machine's on the bridge; each address by itself."""
+    finder, walks, now = ms.Finder(["program"]), [], time.monotonic()
+    monkeypatch.setattr(finder.namespaces, "walk", lambda: walks.append(1) or {})
+    monkeypatch.setattr(ms.time, "monotonic", lambda: now)
+    ends = [ms.V4_MAPPED + bytes((172, 17, 3, last)) + bytes(20) for last in range(3)]
+    for _ in range(10):
+        assert [answer(finder, one) for one in ends] == [{"why": "container"}] * 3
+    assert len(walks) == 3
+    now += ms.ABSENT_SECONDS
+    assert answer(finder, ends[0]) == {"why": "container"} and len(walks) == 4
+
+
+def test_a_process_that_leaves_its_namespace_meanwhile_shows_nothing(
+        net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read may be of a namespace that its user has made."""
+    finder, namespaces = ms.Finder(["program"]), []
+    counts = ms.namespace_that_counts
+
+    def leaves(pid: int) -> int:
+        namespaces.append(counts(pid))
+        return 0 if len(namespaces) % 2 == 0 else namespaces[-1]
+    with connected(net, net.guests["docker"], 5) as ends:
+        monkeypatch.setattr(ms, "namespace_that_counts", leaves)
+        assert answer(finder, ends) == {"why": "container"} and namespaces
+        monkeypatch.setattr(ms, "namespace_that_counts", counts)
+        finder.namespaces.absent.clear()
+        assert answer(finder, ends)["uid"] == 33
+
+
+def test_a_namespace_with_more_addresses_than_are_read_costs_only_itself(net: Net) -> None:
+    """Its routes fill the file; others are found."""
+    with Guest(net.host, 8) as guest:
+        batch = "\n".join(f"route add 10.{n // 256}.{n % 256}.0/24 dev eth0" for n in range(2000))
+        subprocess.run([*guest.as_root, "ip", "-batch", "-"], input=batch, text=True, check=True, timeout=60)
+        finder = ms.Finder(["program"])
+        with connected(net, net.guests["docker"], 5) as ends:
+            assert answer(finder, ends)["uid"] == 33
+        with connected(net, guest, 8) as ends:
+            assert answer(finder, ends) == {"why": "container"}
+
+
+ENDS = ms.V4_MAPPED + bytes((172, 17, 0, 5)) + struct.pack("!H", 43210), ms.V4_MAPPED + bytes((172, 17, 0, 1)) + struct.pack("!H", 25)
+ENDS6 = bytes.fromhex("fd000017" + "0" * 23 + "5") + struct.pack("!H", 43210), bytes.fromhex("fd000017" + "0" * 23 + "1") + struct.pack("!H", 25)
+HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+NEAR, FAR = ("050011AC:A8CA 010011AC:0019" if sys.byteorder == "little" else "AC110005:A8CA AC110001:0019").split()
+ROW = f"   1: {NEAR} {FAR} 01 00000000:00000000 02:00000014 00000000    33        0 4711 2 00000000 20 4 0 10 -1\n"
+
+
+def read_rows(text: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have the client's socket found in a namespace whose table of IPv4 is this."""
+    namespaces = ms.Namespaces(lambda links: None)
+    monkeypatch.setattr(ms, "namespace_that_counts", lambda pid: 7)
+    monkeypatch.setattr(namespaces, "walk", lambda: {7: 1})
+    monkeypatch.setattr(namespaces, "addresses", lambda pid: {ENDS[0][:16]})
+    monkeypatch.setattr(namespaces, "read", lambda pid, name, most: text.encode() if name == "tcp" else b"")
+    return namespaces.find(*ENDS)
+
+
+OTHER = ROW.replace(NEAR, NEAR[:-1] + "B")
+WELL = [HEAD + ROW, HEAD + OTHER + ROW, HEAD + ROW.replace(" 01 ", " 08 "), HEAD + ROW + ROW.replace(" 01 ", " 06 "),
+        HEAD + f"   1: {FAR} {NEAR} 01 00000000:00000000 02:00000014 00000000     1        0 4712 2 0\n" + ROW]
+ODD = ["", HEAD, HEAD + OTHER, HEAD + ROW.replace(" 01 ", " 06 "), HEAD + ROW.replace(" 01 ", " 02 "),
+       HEAD + ROW.replace(" 01 ", " 0A "), HEAD + ROW.replace(" 01 ", " 1 "), HEAD + ROW.replace(" 01 ", " xx "),
+       HEAD + ROW.replace("   33  ", "   -1  "), HEAD + ROW.replace("   33  ", "  "), HEAD + ROW.replace(" 4711 ", " 0x12 "),
+       HEAD + ROW.replace(" 4711 ", "  "), HEAD + ROW + ROW.replace(" 4711 ", " 4712 "), HEAD + ROW.replace("\n", ""),
+       HEAD + ROW.replace(": ", " "), HEAD + ROW.replace("00000000:00000000 ", ""), ROW.lower()]
+
+
+@pytest.mark.parametrize("text", WELL)
+def test_the_row_with_both_ends_in_order_is_the_clients(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a state in which a message may be under way."""
+    assert read_rows(text, monkeypatch) == (33, 4711, 1)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_row_that_is_odd_or_not_the_only_one_is_nobodys(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the kernel may write one day."""
+    assert read_rows(text, monkeypatch) is None
+
+
+@pytest.mark.parametrize("size", range(len(ROW)))
+def test_a_row_that_is_cut_is_nobodys(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any place."""
+    assert read_rows(HEAD + ROW[:size], monkeypatch) is None
+
+
+def test_a_row_of_ipv6_is_read_in_words() -> None:
+    """Each as the processor has it."""
+    words = "170000FD0000000000000000050000" + "00" if sys.byteorder == "little" else "FD000017000000000000000000000005"
+    namespaces = ms.Namespaces(lambda links: None)
+    names: list[str] = []
+
+    def read(pid: int, name: str, most: int) -> bytes:
+        names.append(name)
+        far = words.replace("05000000", "01000000") if sys.byteorder == "little" else words[:-1] + "1"
+        return (HEAD + ROW.replace(NEAR, f"{words}:A8CA").replace(FAR, f"{far}:0019")).encode()
+    namespaces.read = read  # type: ignore[method-assign, assignment]
+    assert namespaces.rows(1, *ENDS6) == [(b"01", b"33", b"4711")] and names == ["tcp6"]
