@@ -488,8 +488,9 @@ def connected(net: Net, guest: Guest, number: int) -> Iterator[bytes]:
     """Have a client of uid 33 connected to Postfix; give both ends as the helper is told them."""
     command = smtp(net.postfix.port, "--dial", "172.17.0.1", "--wait")
     with guest.start(command, 33) as client:
-        client.stdout.readline()
-        port = int(client.stdout.readline().split()[1])
+        greeting, line = client.stdout.readline(), client.stdout.readline()
+        assert line.startswith("connected "), (greeting, line, client.stderr.read(), net.postfix.log()[-2000:])
+        port = int(line.split()[1])
         try:
             yield b"".join(ms.V4_MAPPED + socket.inet_aton(f"172.17.0.{last}") + struct.pack("!H", of)
                            for last, of in ((number, port), (1, net.postfix.port)))
@@ -614,3 +615,32 @@ def test_a_row_of_ipv6_is_read_in_words() -> None:
         return (HEAD + ROW.replace(NEAR, f"{words}:A8CA").replace(FAR, f"{far}:0019")).encode()
     namespaces.read = read  # type: ignore[method-assign, assignment]
     assert namespaces.rows(1, *ENDS6) == [(b"01", b"33", b"4711")] and names == ["tcp6"]
+
+
+# --- --check ------------------------------------------------------------------------------------------------------
+
+CHECK = "containers: a connection in another network namespace"
+
+
+def checked(milter: Milter) -> list[str]:
+    """Run --check; give what it says of containers."""
+    assert milter.run() == 0, milter.log()
+    return [line for line in milter.lines() if re.match("....  containers", line)]
+
+
+def test_check_finds_a_connection_in_a_namespace_that_it_makes(make_milter: Any, sees_others: None) -> None:
+    """And says how long it takes; without the setting it says nothing."""
+    (line,) = checked(make_milter(args=["--check"], container_networks=NETWORKS))
+    assert re.fullmatch(rf"ok    {CHECK}, \d+ ms", line)
+    assert checked(make_milter(args=["--check"])) == []
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"prefix": ["setpriv", "--bounding-set=-sys_ptrace,-dac_read_search"]}, "warn  containers"),
+    ({"prefix": ["setpriv", "--bounding-set=-sys_admin"]}, "warn  containers: not tried"), ({"user": "postfix"}, "warn  containers")])
+def test_check_says_that_containers_stay_unknown(options: dict, said: str, make_milter: Any, users: Any) -> None:
+    """Where there is no helper with the privilege, or no namespace can be made to try it."""
+    with mta.Clients("mst-alice"):
+        milter = make_milter(args=["--check"], container_networks=NETWORKS, **options)
+        (line,) = checked(milter)
+    assert line.startswith(said) and milter.lines()[milter.lines().index(line) + 1].startswith("      -> ")
