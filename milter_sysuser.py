@@ -33,10 +33,12 @@ if sys.version_info < (3, 9):
 
 import argparse
 import ast
+import binascii
 import collections
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import grp
 import ipaddress
@@ -125,6 +127,12 @@ hourly_limits = {}
 # user who is over his limit as well. Example: {"*": 1000, "newsletter": 50000, "root": None}
 daily_limits = {}
 
+# The networks of this host's containers (docker, podman, LXC): their clients are named, too, by the
+# kernel's uid as a number. It takes the helper. The trap: a container without a user namespace has
+# the host's uids, its root is uid 0, and lists and limits count it as that.
+# Example: ["172.17.0.0/16", "fd00:17::/64"]
+container_networks = []
+
 # The name of the header that is added, and removed wherever else it comes from. The trap: a new
 # name leaves the old one to forgers. Example: "X-Local-Sender"
 header_name = "X-Sender-Process-Info"
@@ -154,7 +162,7 @@ FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
 REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
 UNIDENTIFIED = "Sender process could not be identified"
 # Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
-OUR_FAULTS = {"busy", "error", "no-helper", "not-permitted", "timeout"}
+OUR_FAULTS = {"busy", "container", "error", "no-helper", "not-permitted", "timeout"}
 ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
 LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
 
@@ -287,7 +295,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
         except ValueError:
             server = None
         try:
-            return self.lookup.find_client_socket(client, server) or REMOTE
+            owner = self.lookup.find_client_socket(client, server) or REMOTE
+            if owner is REMOTE and container_networks:
+                owner = find_container_client(self.lookup, self.describer, client, server)
+            return owner
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
             return unknown("error")
@@ -320,7 +331,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             # A process of root's can become somebody else's between two messages.
             if "pid" not in self.facts or self.owner.uid == 0:
                 self.facts = self.describer.describe(self.owner)
-            self.account = self.directory.account(self.owner.uid)
+            self.account = self.directory.account(self.owner.uid, self.owner.in_container)
         return int(Milter.CONTINUE)
 
     @noreply  # type: ignore[untyped-decorator]
@@ -425,10 +436,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
         owner, facts = self.owner, self.facts
         if owner.uid is None:
             return Sender(None, "" if owner is REMOTE else owner.why)
-        account = self.account or self.directory.account(owner.uid)
+        account = self.account or self.directory.account(owner.uid, owner.in_container)
         other = None
         if facts.get("holder_uid", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder_uid"])
+            holder = self.directory.account(facts["holder_uid"], owner.in_container)
             other = holder if holder.uid != account.uid else None
         why = self.why_not_named(account)
         if why:
@@ -543,6 +554,7 @@ class ClientSocket(NamedTuple):
     interface: int = 0  # the index under which the kernel found it
     mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
+    in_container: bool = False  # whether the uid's name is the container's own, not this host's
 
 
 REMOTE = ClientSocket(None, "remote")  # what the client of another host has, or no client at all
@@ -1146,8 +1158,14 @@ class Directory:
         self.answers: dict[Any, dict[Any, Answer]] = collections.defaultdict(dict)  # by function and key
         self.asked: dict[Any, tuple[float, threading.Event]] = {}  # what is not answered yet
 
-    def account(self, uid: int) -> Account:
-        """Say who has a uid."""
+    def account(self, uid: int, in_container: bool = False) -> Account:
+        """Say who has a uid; in a container that is its number, unless it is delegated to somebody."""
+        if in_container:
+            try:
+                if not delegated_to(uid):
+                    return Account(uid, uid, str(uid), answered=True)
+            except (OSError, ValueError):
+                return Account(uid, uid, doubt="error")
         found, current = self.ask(look_up_account, uid, state_of_files())
         account: Account = found or Account(uid, uid)
         if current:
@@ -1651,10 +1669,10 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
 
 
 # ------------------------------------------------------- description: which process has the socket
-# The helper is asked in this form, and with nothing else: number, kind, uid, inode, cgroup. It
+# The helper is asked in this form, and with nothing else: number, kind, uid, inode, cgroup, ENDS. It
 # answers in JSON: the number, and facts about one process or an address and a port.
-QUESTION = struct.Struct("=QBIQQ")
-WHO_HAS, WHAT_WAS_DIALLED = 1, 2
+QUESTION = struct.Struct("=QBIQQ36s")
+WHO_HAS, WHAT_WAS_DIALLED, WHOSE_IN_CONTAINERS = 1, 2, 3
 HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
 
@@ -1705,7 +1723,12 @@ class Describer:
             return endpoint(facts["address"], facts["port"])
         return str(facts["why"]) if facts.get("why") in ("busy", "timeout") else "redirected"
 
-    def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
+    def find_in_containers(self, client: Endpoint, server: Endpoint) -> Facts:
+        """Say whose a container's socket is, by both ends: uid, inode and cgroup."""
+        ends = [(V4_MAPPED + end.address)[-16:] + end.port.to_bytes(2, "big") for end in (client, server)]
+        return self._ask_helper(WHOSE_IN_CONTAINERS, 0, 0, 0, b"".join(ends))
+
+    def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int, ends: bytes = b"") -> Facts:
         helper, deadline = self.helper, time.monotonic() + HELPER_SECONDS
         if helper is None:
             return {"why": self.why_nobody}
@@ -1716,7 +1739,7 @@ class Describer:
             if self.owed_until and self._receive(helper.channel, min(deadline, self.owed_until)) is None:
                 return {"why": "timeout"}
             self.number, self.owed_until = self.number + 1, time.monotonic() + HELPER_SECONDS
-            helper.channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup), socket.MSG_DONTWAIT)
+            helper.channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup, ends), socket.MSG_DONTWAIT)
             return self._receive(helper.channel, deadline) or {"why": "timeout"}
         except OSError:  # it has ended just now, which _watch says
             return {"why": "no-helper"}
@@ -1855,9 +1878,13 @@ class Finder:
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
         self.deadline, self.links = 0.0, 0  # what is left of its budget
+        self.namespaces = Namespaces(self.charge)
 
-    def answer(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
+    def answer(self, kind: int, uid: int, inode: int, cgroup: int, ends: bytes = b"") -> Facts:
         """Find the process that has a socket and read what is asked for; {"why": word} if that fails."""
+        if kind == WHOSE_IN_CONTAINERS:  # the namespaces that had the address pay; new ones as one
+            places = tuple(self.namespaces.places.get(ends[:16], ()))
+            return self.charged(places, lambda: self.find_in_containers(ends))
         readers = {WHO_HAS: self.read_holder, WHAT_WAS_DIALLED: self.read_destination}
         read = readers.get(kind, self.read_holder)
         self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
@@ -1924,6 +1951,21 @@ class Finder:
             if f"socket:[{os.fstat(copy.fileno()).st_ino}]" != self.target:
                 raise FileNotFoundError  # the number of the process or descriptor is another's now
             return original_destination(copy)
+
+    def find_in_containers(self, ends: bytes) -> Facts:
+        """Give uid, inode and cgroup of a container's socket; {"why": word} if that is not known."""
+        found, cgroup = self.namespaces.find(ends[:18], ends[18:]), 0
+        if found is None:
+            return {"why": "container"}
+        uid, inode, pid = found
+        self.uid, self.target = uid, f"socket:[{inode}]"
+        if uid == 0:  # see find_other_holder: that looks in the cgroup of whoever has the socket
+            pid, _ = self.find_holder() or (0, "")
+        with contextlib.suppress(OSError):
+            path = re.search(r"^0::/(.*)$", read_file(f"/proc/{pid}/cgroup"), re.MULTILINE)
+            if path and self.cgroups is not None:
+                cgroup = os.stat(path[1] or ".", dir_fd=self.cgroups).st_ino
+        return {"uid": uid, "inode": inode, "cgroup": cgroup}
 
     def find_holder(self) -> Optional[tuple[int, str]]:
         """Find a process that has the socket, and the link below its directory, or None."""
@@ -2068,9 +2110,9 @@ def unit_of(cgroups: str) -> Optional[str]:
     """Find the first .service or .scope in /proc/PID/cgroup; users make others below."""
     lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
     paths = [line.split(":", 2)[2] for line in lines]
-    for part in "/".join(paths).split("/"):
-        if part.endswith((".service", ".scope")):
-            return part
+    found = re.search(r"/(lxc/[^/]+|lxc\.payload[^/]*|[^/]*\.(?:service|scope))(?=/|$)", "".join(paths))
+    if found:
+        return found[1]
     return next((path for path in paths if path.strip("/")), None)
 
 
@@ -2239,6 +2281,127 @@ def lsof_allowed() -> bool:
         return False
 
 
+# ---------------------------------- containers: clients in other network namespaces of this host
+V4_MAPPED = bytes(10) + b"\xff\xff"  # how IPv6 has IPv4
+NEVER_CONTAINERS = [ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1", "::ffff:0:0/96")]
+ABSENT_SECONDS = 1.0  # before an address whose client was not found is looked for everywhere again
+MOST_ADDRESS_BYTES = 1 << 16  # to read of one namespace's; a container has some 1,000
+NS_GET_USERNS, NS_GET_OWNER_UID = 0xB701, 0xB704  # linux/nsfs.h
+# What follows both ends in a row of /proc/PID/net/tcp (net/ipv4/tcp_ipv4.c): state, uid, inode.
+ROW = rb"([0-9A-F]{2})(?: [0-9A-F]+:[0-9A-F]+){2} [0-9A-F]+ +(\d+) +\d+ (\d+) \d+ \S{8,} .*\n"
+
+
+def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint,
+                          server: Optional[Endpoint]) -> ClientSocket:
+    """Say whose the client's end in a container is; REMOTE if it is none, or the MTA is elsewhere; OSError.
+
+    The MTA's end is looked at first: while it lives, the client's end cannot change hands, and
+    "confirm" looks whether it has lived since.
+    """
+    networks = map(ipaddress.ip_network, container_networks)
+    if isinstance(lookup, PsutilLookup) or not any(ipaddress.ip_address(client.address) in one for one in networks):
+        return REMOTE
+    if not is_whole(server):
+        sockets = dump_sockets(server.port if server else 0, client.port)
+        server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+    mta_end = lookup.find_on_any_device(server, client) if server else None
+    if mta_end is None:
+        return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
+    facts = describer.find_in_containers(client, mta_end.source)
+    if "uid" not in facts:
+        return unknown(facts["why"] if facts["why"] in ("busy", "timeout") else "container")
+    client_end = mta_end._replace(uid=facts["uid"], inode=facts["inode"], cgroup=facts["cgroup"])
+    return client_socket(client_end, mta_end)._replace(in_container=True)
+
+
+class Namespaces:
+    """Find a client's socket in the network namespaces of this host; runs in the helper.
+
+    A namespace counts if root made the user namespace that it belongs to: whoever else makes one can
+    give it any address and any socket. Memory only says where to look first.
+    """
+
+    def __init__(self, charge: Callable[[int], None]) -> None:
+        self.charge = charge
+        self.places: dict[bytes, dict[int, int]] = {}  # by address: namespaces, and a process in each
+        self.absent: dict[bytes, float] = {}  # by address: when a client was looked for in vain
+
+    def find(self, client: bytes, server: bytes) -> Optional[tuple[int, int, int]]:
+        """Give uid and inode of the client's socket, and a process of its namespace; BusyError.
+
+        None if there is no such socket, or more than one. Ends are 16 bytes of address, 2 of port.
+        """
+        found, now = self.look(self.places.get(client[:16], {}), client, server), time.monotonic()
+        if not found and now - self.absent.get(client[:16], -ABSENT_SECONDS) >= ABSENT_SECONDS:
+            found = self.look(self.walk(), client, server)
+            if not found:
+                remember(self.absent, client[:16], now)
+        return found.pop() if len(found) == 1 else None
+
+    def walk(self) -> dict[int, int]:
+        """Give all network namespaces but this one, where sock_diag has looked, and a process in each."""
+        processes: dict[int, int] = {}
+        for pid in psutil.pids():
+            self.charge(1)
+            with contextlib.suppress(OSError):
+                processes.setdefault(os.stat(f"/proc/{pid}/ns/net").st_ino, pid)
+        processes.pop(os.stat("/proc/self/ns/net").st_ino, None)
+        return processes
+
+    def look(self, processes: dict[int, int], client: bytes, server: bytes) -> set[tuple[int, int, int]]:
+        """Give the sockets with these ends in namespaces that count and have the client's address.
+
+        A process can leave its namespace for one that does not count, and cannot come back: it must
+        be in the same before and after.
+        """
+        found = set()
+        for namespace, pid in processes.items():
+            with contextlib.suppress(OSError):
+                before = namespace_that_counts(pid)
+                addresses = self.addresses(pid) if before else set()
+                rows = self.rows(pid, client, server) if client[:16] in addresses else []
+                if before == namespace == namespace_that_counts(pid):
+                    found.update((int(uid), int(inode), pid) for state, uid, inode in rows if int(state, 16) in STATES)
+                    for address in addresses:
+                        remember(self.places, address, {**self.places.get(address, {}), namespace: pid})
+        return found
+
+    def addresses(self, pid: int) -> set[bytes]:
+        """Give the addresses of a process's namespace."""
+        trie = self.read(pid, "fib_trie", MOST_ADDRESS_BYTES)
+        v4 = re.findall(rb"\|-- ([0-9.]+)\n(?: +/.*\n)*? +/32 host LOCAL\n", trie)
+        v6 = re.findall(rb"(?m)^[0-9a-f]{32}", self.read(pid, "if_inet6", MOST_ADDRESS_BYTES))
+        return {V4_MAPPED + socket.inet_aton(text.decode()) for text in v4} | set(map(binascii.unhexlify, v6))
+
+    def rows(self, pid: int, *ends: bytes) -> list[tuple[bytes, bytes, bytes]]:
+        """Give state, uid and inode of the sockets with these ends in a process's namespace."""
+        rows: list[tuple[bytes, bytes, bytes]] = []
+        for table, words in ("tcp", 1), ("tcp6", 4):
+            if not rows and (words == 4 or ends[0].startswith(V4_MAPPED)):
+                both = b" ".join(b"%08X" * words % struct.unpack("=4I", end[:16])[-words:] + b":%02X%02X" % (*end[16:],)
+                                 for end in ends)
+                rows = re.findall(b": %s " % both + ROW, self.read(pid, table, sys.maxsize))
+        return rows
+
+    def read(self, pid: int, name: str, most: int) -> bytearray:
+        """Read a file of a process's namespace up to so many bytes; BusyError."""
+        data, part = bytearray(), b"?"
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/net/{name}", "rb", buffering=0) as file:
+            while part and len(data) < most:
+                part = file.read(1 << 16)
+                self.charge(1 + len(part) // 100)  # a row has 150 bytes
+                data += part
+        return data
+
+
+def namespace_that_counts(pid: int) -> int:
+    """Give a process's network namespace; 0 if not root made the user namespace of that; OSError."""
+    with open(f"/proc/{pid}/ns/net", "rb", buffering=0) as network, \
+            open(fcntl.ioctl(network, NS_GET_USERNS), "rb", buffering=0) as users:
+        made_by_root = fcntl.ioctl(users, NS_GET_OWNER_UID, bytes(4)) == bytes(4)
+        return os.fstat(network.fileno()).st_ino if made_by_root else 0
+
+
 # --------------------------------------------------------------- settings: every rule in one place
 class Rule(NamedTuple):
     """What a setting is as delivered, and what else it may be."""
@@ -2313,6 +2476,18 @@ def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Ite
         yield str(error)
 
 
+def network_problems(networks: list[Any], user: Any) -> Iterator[str]:
+    """Check container_networks."""
+    for network in networks:
+        try:
+            well = not any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS))
+        except ValueError:
+            well = False
+        if not well:
+            yield (f'{shown(network)} is not a network, like "172.17.0.0/16", '
+                   "with no host bits set and no loopback in it")
+
+
 def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
     """Check limits; a name that is not found may be of a user who has gone: see "not_found"."""
     for key, limit in limits.items():
@@ -2347,6 +2522,8 @@ RULES = {  # of every setting, as they stand at the top
         "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
     "hourly_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
     "daily_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
+    "container_networks": Rule([], lambda value: isinstance(value, list),
+                               'must be a list, like ["172.17.0.0/16"]', network_problems),
     "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
                         "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
     "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS),
@@ -2416,6 +2593,8 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
 LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
+CONTAINER_ENDS = endpoint("127.0.0.1", 40000), endpoint("127.0.0.1", 25)  # in a namespace made for this
+CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 FAILED: list[str] = []  # what --check found that stops the milter
 
 
@@ -2543,6 +2722,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
     if not problem:
         others = connection_made() if as_root else connections_found()
+        container = bool(container_networks) and container_made()
         problem, way = prepare(user)
     report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
     if problem:
@@ -2551,6 +2731,18 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
     check_programs(way, check_users(others, as_root))
+    if container_networks:
+        check_containers(way, container)
+
+
+def check_containers(way: str, container: bool) -> None:
+    """Look whether the helper finds a connection in another network namespace; container: whether there is one."""
+    began = time.perf_counter()
+    facts = SysuserMilter.describer.find_in_containers(*CONTAINER_ENDS)
+    took = (time.perf_counter() - began) * 1e3
+    problem = "" if facts.get("uid") == 0 else facts.get("why", "wrong uid")
+    report(f"containers: a connection in another network namespace, {took:.0f} ms",
+           problem if container else "not tried, no namespace can be made here", HELPER_CURE)
 
 
 OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
@@ -2616,6 +2808,25 @@ def connection_made() -> OtherUsers:
         return []
     accepted.detach()
     return [(endpoint(*client), endpoint(*server), user.pw_uid)]
+
+
+def container_made() -> bool:
+    """Have a process connect to itself in a network namespace of its own; tell whether it could."""
+    near, far = os.pipe()
+    if os.fork() == 0:
+        try:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it is there until --check ends
+            checked(LIBC.unshare(CLONE_NEWNET))
+            with socket.create_server(("", CONTAINER_ENDS[1].port)) as listener:
+                fcntl.ioctl(listener, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+                with socket.create_connection(("127.0.0.1", CONTAINER_ENDS[1].port),
+                                              source_address=("127.0.0.1", CONTAINER_ENDS[0].port)):
+                    os.write(far, b"x")
+                    signal.pause()
+        finally:
+            os._exit(0)
+    os.close(far)
+    return bool(os.read(near, 1))
 
 
 # ------------------------------------------------------------------------------- privilege, start

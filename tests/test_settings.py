@@ -52,6 +52,12 @@ WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said o
                       ({"*": "200"}, "whole number"), ({"no such:user": 1}, "there is no user 'no such:user'"),
                       ({"root": 1.5}, "'root': a limit"), ([("*", 200)], "must be like"), ({True: 1}, "no user True"),
                       ({None: 1}, "no user None"), ({"@root": 1}, "no user '@root'"), ({"4711": 1}, "no user '4711'")],
+    "container_networks": [("172.17.0.0/16", "must be a list"), (["172.17.0.1/16"], "'172.17.0.1/16' is not a network"),
+                           (["fd00:17::1/64"], "no host bits set"), (["127.0.0.0/8"], "no loopback in it"),
+                           (["0.0.0.0/0"], "no loopback"), (["::/0"], "no loopback"), (["::1"], "no loopback"),
+                           (["::ffff:172.17.0.0/112"], "is not a network"), (["docker0"], "'docker0' is not a network"),
+                           ([2886795264], "2886795264 is not"), ([b"1234"], "b'1234' is not"), (None, "must be a list"),
+                           ([["172.17.0.0/16"]], "is not a network"), (["172.17.0.0/33"], "is not a network")],
     "header_name": [("X Sender", "printable ASCII"), ("X-Sender:", "no colon"), ("", "1 to 76"), ("X" * 77, "1 to 76"),
                     ("Sündër", "ASCII"), (None, "1 to 76"), ("X-A\nX-B", "printable"), (b"X", "1 to 76")],
     "header_fields": [("user", FIELDS), (["user", "nonsense"], FIELDS), (["user", "user"], "twice"), (None, FIELDS),
@@ -102,7 +108,9 @@ def test_the_settings_stand_in_the_script_as_delivered() -> None:
 
 def test_several_wrong_entries_of_one_list_are_each_named(make_milter: Callable) -> None:
     """The administrator mends them in one go."""
-    lines = problems(make_milter(blocked_mailusers=["root", "a:b", 7, True], hourly_limits={"*": -1, "no:pe": 1}))
+    lines = problems(make_milter(blocked_mailusers=["root", "a:b", 7, True], hourly_limits={"*": -1, "no:pe": 1},
+                                 container_networks=["10.0.3.0/24", "10.0.4.1/24", "::1/128", "fd00:17::/64"]))
+    assert [line.rpartition("]: ")[2][:8] for line in lines if line.startswith("container_")] == ["'10.0.4.", "'::1/128"]
     assert [line.rpartition("]: ")[2][:5] for line in lines if line.startswith("blocked_")] == ["'a:b'", "True "]
     assert sum(line.startswith("hourly_limits") for line in lines) == 2
 

@@ -221,7 +221,10 @@ def test_a_request_names_both_ends_states_and_interface() -> None:
     ("12:cpu:/x.service\n1:name=systemd:/system.slice/cron.service\n0::/\n", "cron.service"),
     ("12:cpu:/other.service\n0::/system.slice/cron.service\n", "cron.service"),
     ("0::/system.slice/docker-0123.scope\n", "docker-0123.scope"), ("0::/docker/0123\n", "/docker/0123"),
-    ("0::/lxc/u/a\x0b0::/system.slice/cron.service\n", "cron.service"), ("0::/\n", None), ("", None), ("nonsense\n", None)])
+    ("0::/machine.slice/libpod-0123.scope/container\n", "libpod-0123.scope"), ("0::/lxc/101/ns/x.service\n", "lxc/101"),
+    ("0::/lxc.payload.web/system.slice/apache2.service\n", "lxc.payload.web"),
+    ("0::/user.slice/user-1001.slice/session-3.scope/lxc.payload.web/x.service\n", "session-3.scope"),
+    ("0::/x/u/a\x0b0::/system.slice/cron.service\n", "cron.service"), ("0::/\n", None), ("", None), ("nonsense\n", None)])
 def test_the_unit_is_the_first_from_the_root(text: str, unit: Optional[str]) -> None:
     """A unit that a user made below its own is not named; elsewhere the whole path is."""
     assert ms.unit_of(text) == unit
