@@ -1852,7 +1852,7 @@ def wanted_facts() -> tuple[str, ...]:
     return tuple(field for field in FIELDS if field in header_fields or field in log_fields)
 
 
-SEARCH_SECONDS, SEARCH_LINKS = 0.2, 100_000  # what one search may cost
+SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
 # What a payer may take of the helper's processor time: this share of it, of which he may be so many
 # seconds ahead. An ordinary question takes a fraction of what is free.
 SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.001
@@ -1974,7 +1974,7 @@ class Finder:
             link = self.link_to_target(pid, place)
             if link:
                 pids = [*(old for old in pids if old != pid), pid][-8:]
-                links = [*(old for old in links if old != link), link][-4:]
+                links = [*(old for old in links if old != link), link][-10:]
                 remember(self.recent, self.uid, (pids, links))
                 return pid, link
         return None
@@ -1994,7 +1994,7 @@ class Finder:
         for source in (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
             pids = [pid for pid in reversed(source()) if pid not in own]
             if links:
-                yield from ((pid, link) for pid in pids if is_own(pid) for link in reversed(links))
+                yield from ((pid, link) for pid in pids if is_own(pid) for link in links)
             yield from ((pid, "fd") for pid in pids if is_own(pid))
         for pid in filter(own.get, own):
             yield from ((pid, table) for table in thread_tables(pid))
@@ -2026,8 +2026,9 @@ class Finder:
                 if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
                     raise BusyError
                 descriptors = os.listdir(directory)
-                self.charge(len(descriptors))
-                for descriptor in reversed(descriptors):  # what was opened last stands last
+                for index, descriptor in enumerate(reversed(descriptors)):  # what was opened last stands last
+                    if index % 1000 == 0:
+                        self.charge(min(1000, len(descriptors) - index))
                     try:
                         if os.readlink(descriptor, dir_fd=directory) == self.target:
                             return f"{place}/{descriptor}"

@@ -960,8 +960,9 @@ def test_a_socket_that_closed_between_finding_and_describing_is_gone(root: None,
 
 
 @pytest.mark.parametrize("path", ["fd", "task"])
-def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
-        path: str, root: None, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal, why", [(errno.ENFILE, "gone"), (errno.EACCES, "not-permitted")], ids=["for want of files", "by a rule"])
+def test_a_holder_who_cannot_be_looked_at_is_not_overlooked(
+        path: str, refusal: int, why: str, root: None, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else root would be named for a socket that a stranger has, too."""
     with socket.create_server(("127.0.0.1", 0)) as held, mta.as_user("nobody", ["sleep", "60"]) as other:
         try:
@@ -973,12 +974,12 @@ def test_a_holder_who_cannot_be_looked_at_for_want_of_files_is_not_overlooked(
             def short(real: Callable) -> Callable:
                 def call(name: Any, *arguments: Any, **options: Any) -> Any:
                     if name == f"/proc/{other.pid}/{path}":
-                        raise OSError(errno.ENFILE, "no more files")
+                        raise OSError(refusal, os.strerror(refusal))
                     return real(name, *arguments, **options)
                 return call
             name = "open" if path == "fd" else "stat"
             monkeypatch.setattr(script.os, name, short(getattr(os, name)))
-            assert script.Finder(["program"]).answer(script.WHO_HAS, 0, inode, 0) == {"why": "gone"}
+            assert script.Finder(["program"]).answer(script.WHO_HAS, 0, inode, 0) == {"why": why}
         finally:
             other.kill()
 
@@ -1118,7 +1119,7 @@ def test_a_milter_short_of_descriptors_refuses_nothing_for_good(users: Any, make
     assert re.match(f"user=(mst-alice|{users.alice.pw_uid}) ", known[0][2]) and known[-1] == ("continue",), known
 
 
-def test_a_helper_that_does_not_answer_refuses_nothing_for_good(users: Any, make_milter: Any) -> None:
+def test_a_helper_that_does_not_answer_refuses_nothing_for_good(users: Any, make_milter: Any, sees_others: None) -> None:
     """Root cannot be named without it: that mail is to try again; others and clients of another host are served."""
     milter = make_milter(unidentified_action="reject").start()
     helper, = milter.helper_pids()

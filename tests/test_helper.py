@@ -48,11 +48,6 @@ def descriptors(pid: int) -> dict[int, str]:
     return {int(number): os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
 
 
-def program(name: str) -> str:
-    """Give what a header says of a program here."""
-    return name if mta.can_see_others() else "?"
-
-
 def send_one(milter: mta.Milter) -> str:
     """Pass a message through a connection of mst-alice's; give its header's value."""
     with mta.Clients("mst-alice") as clients:
@@ -190,7 +185,7 @@ def test_a_flood_of_questions_whose_answers_nobody_reads_is_survived(helper: Hel
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["", "while it is stopped"])
 @pytest.mark.parametrize("how", ["TERM", "KILL", "SEGV"])
-def test_the_helper_ends_with_the_milter(how: str, stopped: bool, make_milter: Any) -> None:
+def test_the_helper_ends_with_the_milter(how: str, stopped: bool, make_milter: Any, sees_others: None) -> None:
     """However the milter ends, no process with a capability is left."""
     milter = make_milter().start()
     (helper,) = milter.helper_pids()
@@ -204,16 +199,16 @@ def test_the_helper_ends_with_the_milter(how: str, stopped: bool, make_milter: A
 
 
 @pytest.mark.parametrize("how", ["TERM", "INT", "HUP"])
-def test_a_signal_to_the_group_does_not_end_the_helper_before_the_milter(how: str, milter: mta.Milter) -> None:
+def test_a_signal_to_the_group_does_not_end_the_helper_before_the_milter(how: str, milter: mta.Milter, sees_others: None) -> None:
     """Service managers and terminals signal all processes; the milter alone decides."""
     (helper,) = milter.helper_pids()
     os.kill(helper, getattr(signal, "SIG" + how))
-    assert send_one(milter) == f"user=mst-alice program={program('python3')}"
+    assert send_one(milter) == "user=mst-alice program=python3"
     assert milter.helper_pids() == [helper]
 
 
-def test_without_the_helper_users_are_still_named_and_blocked(make_milter: Any, users: Any) -> None:
-    """One clear error; questions under way are settled at once; programs are unknown and say why."""
+def test_without_the_helper_users_are_still_named_and_blocked(make_milter: Any, users: Any, sees_others: None) -> None:
+    """One clear error; questions under way are settled at once; programs are unknown and say why. No zombie is left."""
     milter = make_milter(blocked_mailusers=["mst-bob"], lsof_command=[]).start()
     (helper,) = milter.helper_pids()
     os.kill(helper, signal.SIGSTOP)
@@ -227,9 +222,10 @@ def test_without_the_helper_users_are_still_named_and_blocked(make_milter: Any, 
     assert len(milter.wait_lines("lookup=no-helper", 6)) == 6
     assert [" ERROR " in line for line in milter.lines() if " INFO " not in line and " WARNING " not in line] == [True]
     assert "programs and root stay unknown; restart the milter" in milter.lines(ENDED)[0]
+    assert not milter.helper_pids()
 
 
-def test_a_stopped_helper_is_waited_for_once(milter: mta.Milter) -> None:
+def test_a_stopped_helper_is_waited_for_once(milter: mta.Milter, sees_others: None) -> None:
     """A connection waits 0.3 s at most; after a timeout nobody waits; late answers describe nobody."""
     (helper,) = milter.helper_pids()
     waited = len(milter.lines("lookup=timeout"))
@@ -243,7 +239,7 @@ def test_a_stopped_helper_is_waited_for_once(milter: mta.Milter) -> None:
             assert len(milter.wait_lines("lookup=timeout", waited + 101)) == waited + 101
         finally:
             os.kill(helper, signal.SIGCONT)
-    mta.wait_for(lambda: send_one(milter) == f"user=mst-alice program={program('python3')}", 20, "the helper's answer")
+    mta.wait_for(lambda: send_one(milter) == "user=mst-alice program=python3", 20, "the helper's answer")
     assert not milter.lines(ENDED)
 
 
@@ -551,6 +547,25 @@ def test_who_makes_the_helper_search_long_takes_nobody_elses_program(load: str, 
         print(load, said.count("user=mst-alice program=python3"), "of", len(said), "beside", len(loud) - before,
               {outcome: loud.count(outcome) for outcome in loud})
     assert said.count("user=mst-alice program=python3") >= 190
+
+
+def test_a_socket_under_the_number_of_the_users_last_one_is_found_however_long_the_table(
+        sees_others: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A web server's workers have their connections under the same few: their tables need not be gone through."""
+    code = ("import os, socket\nnull, sock = os.open(os.devnull, os.O_RDONLY), socket.socket()\n"
+            "for _ in range(300): os.dup(null)\n"
+            "os.dup2(sock.fileno(), 200)\nprint(os.fstat(200).st_ino, flush=True)\nsock.close()\ninput()")
+    finder, uid = ms.Finder(["program"]), pwd.getpwnam("nobody").pw_uid
+    with mta.as_user("nobody", [mta.PYTHON, "-c", code]) as first, mta.as_user("nobody", [mta.PYTHON, "-c", code]) as second:
+        inodes = [int(one.stdout.readline()) for one in (first, second)]
+        assert finder.answer(ms.WHO_HAS, uid, inodes[0], 0)["pid"] == first.pid
+        monkeypatch.setattr(ms, "SEARCH_LINKS", 450)  # enough for one table
+        monkeypatch.setattr(ms.psutil, "pids", lambda: [second.pid, first.pid])
+        assert finder.answer(ms.WHO_HAS, uid, inodes[1], 0)["pid"] == second.pid
+        finder.recent.clear()
+        assert finder.answer(ms.WHO_HAS, uid, inodes[1], 0) == {"why": "busy"}
+        for one in first, second:
+            one.communicate("\n")
 
 
 @pytest.mark.parametrize("links, seconds", [(100, 60.0), (10**9, 0.0)])

@@ -368,6 +368,7 @@ def test_with_neither_way_users_are_right_and_the_program_says_why_not(settings:
     """The start line says it too."""
     mail = make_mail(user="postfix", blocked_mailusers=["mst-bob"], **settings)
     assert mail.milter.lines("without the privilege to see other users' processes")
+    assert not mail.milter.helper_pids()  # one without privilege would see no more than the milter does
     assert mta.run_as("mst-alice", mta.smtp(mail.postfix.port)).returncode == 0
     assert "550 5.7.1 User mst-bob is blocked" in mta.run_as("mst-bob", mta.smtp(mail.postfix.port)).stdout
     (message,) = mail.postfix.wait_messages(1)
