@@ -778,8 +778,8 @@ class Pools:
     def __init__(self, directory: pathlib.Path, pools: Mapping[str, tuple[str, str]], lines: str = "",
                  options: Sequence[str] = ()) -> None:
         self.pools = pools
-        text = "".join(f"[{name}]\nuser = {user}\ngroup = {user}\nlisten = {place}\npm = static\npm.max_children = 1\n{lines}"
-                       for name, (user, place) in pools.items())
+        text = "".join(f"[{name}]\nuser = {user}\ngroup = {user}\nlisten = {place}\npm = static\n"
+                       f"pm.max_children = 1\n{lines}" for name, (user, place) in pools.items())
         conf = directory / "fpm.conf"
         conf.write_text(f"[global]\nerror_log = {directory}/fpm.log\ndaemonize = no\n{text}")
         self.process = subprocess.Popen([self.program(), "-n", *options, "-y", conf], stdin=subprocess.DEVNULL,

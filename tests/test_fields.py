@@ -187,8 +187,8 @@ foreach (['', "EHLO x\r\n", "MAIL FROM:<x@example.org>\r\n", "RCPT TO:<to@exampl
 """
 
 
-def test_a_php_fpm_pool_is_named_with_its_user_and_dir_is_the_site(everything: types.SimpleNamespace, sees_others: None,
-                                                                   users: types.SimpleNamespace, site: pathlib.Path) -> None:
+def test_a_php_fpm_pool_is_named_with_its_user_and_dir_is_the_site(
+        everything: types.SimpleNamespace, sees_others: None, users: types.SimpleNamespace, site: pathlib.Path) -> None:
     """Which of the customers, and which of his sites; the master is root, and a pool's worker makes the connection."""
     if not mta.Pools.program():
         pytest.skip("no php-fpm, or no cgi-fcgi to ask it")
