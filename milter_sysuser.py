@@ -407,12 +407,15 @@ class SysuserMilter(Base):  # type: ignore[misc]
         owner, rivals = self.owner, self.unexplained_rivals()
         if self.confirmed and not rivals:
             return ""
+        self.confirmed = False
         cookie, mta_bytes_read = self.lookup.look_again(owner)
-        self.confirmed = not rivals and cookie == owner.cookie and mta_bytes_read > owner.mta_bytes_read
-        if self.confirmed or cookie is None:
-            return "" if self.confirmed else "closed"
+        if cookie != owner.cookie:
+            return "closed" if cookie is None else "reused"
+        if not rivals and mta_bytes_read > owner.mta_bytes_read:
+            self.confirmed = True
+            return ""
         # Until DATA, a rival may still turn out to be the same session of the MTA's.
-        if rivals and cookie == owner.cookie and (self.queue_id or all(rival.ended for rival in rivals)):
+        if rivals and (self.queue_id or all(rival.ended for rival in rivals)):
             self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
             with self.claims_lock:
                 self.rivals = [rival for rival in self.rivals if not rival.ended]
@@ -1298,11 +1301,12 @@ def look_up_account(uid: int, last: Optional[Account]) -> Account:
     if delegates:
         delegate = int(delegates[0]) if delegates[0].isdigit() else uid_of(delegates[0])
         account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
-    if last is None or last.name is None or (account.name and not account.doubt):
-        return account
-    if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
-        return account._replace(gids=last.gids)
-    return last if not delegates or last.name in delegates else account  # a directory may be down
+    if last and last.name and (account.name is None or account.doubt):
+        if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
+            return account._replace(gids=last.gids)
+        if delegates in ([], [last.name]):  # a directory may be down
+            return last
+    return account
 
 
 def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
