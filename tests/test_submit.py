@@ -170,6 +170,101 @@ def test_what_milters_before_ours_have_changed_hides_nobody(make_mail: Callable,
     assert message.get_all(HEADER) == ["user=mst-alice program=?"], mail.milter.log()
 
 
+# --- a hacked web host ----------------------------------------------------------------------------------------------
+
+SITE_PHP = """<?php
+require '/usr/share/php/libphp-phpmailer/autoload.php';
+$mail = new PHPMailer\\PHPMailer\\PHPMailer(true);
+if ($_GET['port']) {
+    $mail->isSMTP();
+    [$mail->Host, $mail->Port, $mail->SMTPAutoTLS, $mail->Helo] = ['127.0.0.1', $_GET['port'], false, 'me'];
+}
+$mail->setFrom('from@example.org');
+$mail->addAddress('to@example.org');
+[$mail->Subject, $mail->Body] = ['test', 'body'];
+$mail->send();
+echo 'sent';
+"""
+FPM = """[global]
+error_log = {0}/log
+daemonize = no
+[www]
+user = www-data
+group = www-data
+listen = {0}/web.sock
+pm = static
+pm.max_children = 1
+"""
+APACHE = """ServerName localhost
+ServerRoot {0}
+PidFile {0}/pid
+ErrorLog {0}/log
+Listen 127.0.0.1:{1}
+User www-data
+Group www-data
+StartServers 1
+LoadModule mpm_prefork_module /usr/lib/apache2/modules/mod_mpm_prefork.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+LoadModule php_module {2}
+DocumentRoot {0}
+SetHandler application/x-httpd-php
+"""
+
+
+@pytest.fixture(params=["php-fpm", "mod_php"])
+def site(request: pytest.FixtureRequest, shared: types.SimpleNamespace) -> Iterator[Callable[[int], str]]:
+    """Run a site as www-data, whose uploads have a script that sends by SMTP to a port or, for 0, by mail()."""
+    modules = sorted(pathlib.Path("/usr/lib/apache2/modules").glob("libphp*.so"))
+    servers = sorted(pathlib.Path("/usr/sbin").glob("php-fpm*"))
+    if not (modules if request.param == "mod_php" else servers) or not os.path.exists("/usr/share/php/libphp-phpmailer"):
+        pytest.skip("apache2 with mod_php, php-fpm or libphp-phpmailer is not installed")
+    port = mta.free_port()
+    with mta.tempfile.TemporaryDirectory(prefix="milter-test.") as name:
+        uploads = pathlib.Path(name, "htdocs/wp-content/uploads")
+        uploads.mkdir(parents=True)
+        uploads.joinpath("send.php").write_text(SITE_PHP)
+        os.chmod(name, 0o755)
+        conf = pathlib.Path(name, "conf")
+        if request.param == "mod_php":
+            conf.write_text(APACHE.format(name, port, modules[-1]))
+            server = ["/usr/sbin/apache2", "-DFOREGROUND", "-f", str(conf)]
+            ask = ["curl", "-sS", f"http://127.0.0.1:{port}/htdocs/wp-content/uploads/send.php?port="]
+        else:
+            conf.write_text(FPM.format(name))
+            server = [str(servers[-1]), "-y", str(conf)]
+            ask = ["cgi-fcgi", "-bind", "-connect", f"{name}/web.sock"]
+
+        def send(by: int) -> str:
+            env = {"PATH": mta.SYSTEM_PATH, "REQUEST_METHOD": "GET", "SCRIPT_FILENAME": f"{uploads}/send.php",
+                   "QUERY_STRING": f"port={by}"}
+            argv = [*ask[:-1], ask[-1] + str(by)] if ask[0] == "curl" else ask
+            answer = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+            assert answer.stdout.endswith("sent"), answer.stdout + answer.stderr + pathlib.Path(name, "log").read_text()
+            return str(uploads)
+        with subprocess.Popen(mta.on_this_postfix(shared.postfix, server), stdin=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env={"PATH": mta.SYSTEM_PATH},
+                              start_new_session=True) as process:  # at its end apache signals its whole group
+            try:
+                mta.wait_for(lambda: os.path.exists(f"{name}/web.sock") or
+                             not mta.socket.socket().connect_ex(("127.0.0.1", port)), 20, "the web server")
+                yield send
+            finally:
+                process.terminate()
+
+
+def test_the_log_has_the_directory_of_the_script_that_sent(site: Callable[[int], str], house: types.SimpleNamespace,
+                                                           sees_others: None) -> None:
+    """Where all sites run as one user: by SMTP (PHPMailer) dir= finds the hacked one, by mail() there is the user."""
+    uploads = site(house.postfix.port)
+    house.postfix.wait_messages(1)
+    line = said(house.milter, f" dir={uploads} ")
+    assert re.search(r"user=www-data uid=\d+ program=(php-fpm\S*|apache2) .* action=tag$", line), line
+    site(0)
+    message = house.postfix.wait_messages(2)[1]
+    assert message.get_all(HEADER) == ["user=www-data program=?"]
+    assert message.get_all("X-PHP-Originating-Script") in (None, ["33:PHPMailer.php"])
+
+
 # --- whom it is not turned into -------------------------------------------------------------------------------------
 
 FORGED = "Received: by mail.example.org (Postfix, from userid 0)\n"
