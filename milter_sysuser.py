@@ -1074,7 +1074,7 @@ def read_top(records: Iterator[tuple[bytes, bytes]]) -> tuple[bool, bytes]:
         is_own |= (kind, data) == (b"A", b"log_message_origin=local")
         if kind == b"M":
             break
-    head = [record for _, record in zip(range(200), records)]
+    head = [record for _, record in zip(range(100), records)]
     top = b"\n".join(data for kind, data in head if kind in (b"N", b"L"))
     if head and head[0][0] == b"p":  # other milters have put headers above the first
         top = top[top.find(b"Received:"):]
