@@ -1066,18 +1066,9 @@ def find_queue() -> str:
 
 def read_submitter(queue_id: str, queue: str) -> ClientSocket:
     """Say who called sendmail(1) for a message that is complete; REMOTE if it is the MTA's own."""
-    is_own = False
     try:
         with open(open_queue_file(queue_id, queue), "rb", MOST_RECORD_BYTES) as file:
-            records = read_records(file)
-            for kind, data in records:
-                is_own |= (kind, data) == (b"A", b"log_message_origin=local")
-                if kind == b"M":
-                    break
-            head = [record for _, record in zip(range(200), records)]
-        top = b"\n".join(data for kind, data in head if kind in (b"N", b"L"))
-        if head and head[0][0] == b"p":  # other milters have put headers above the first
-            top = top[top.find(b"Received:"):]
+            is_own, top = read_top(read_records(file))
         match = re.match(FIRST_HEADER % queue_id.encode(), top)
         if match is None or not (match[1] or is_own):
             raise ValueError("the first header is not Postfix's own: do header_checks change it?")
@@ -1085,6 +1076,20 @@ def read_submitter(queue_id: str, queue: str) -> ClientSocket:
     except (OSError, ValueError) as error:
         complain("who called sendmail(1) is not known", str(error))
         return unknown("error")
+
+
+def read_top(records: Iterator[tuple[bytes, bytes]]) -> tuple[bool, bytes]:
+    """Tell whether the MTA itself wrote a message, and what it begins with; ValueError."""
+    is_own = False
+    for kind, data in records:
+        is_own |= (kind, data) == (b"A", b"log_message_origin=local")
+        if kind == b"M":
+            break
+    head = [record for _, record in zip(range(100), records)]
+    top = b"\n".join(data for kind, data in head if kind in (b"N", b"L"))
+    if head and head[0][0] == b"p":  # other milters have put headers above the first
+        top = top[top.find(b"Received:"):]
+    return is_own, top
 
 
 def open_queue_file(queue_id: str, queue: str) -> int:
@@ -1626,27 +1631,32 @@ class Limits:
 
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
         """Count a message, unless it is refused; None if its user is over no limit."""
-        limits = {}
-        for step, listed in self.limits.items():
-            limit = listed.get(account.uid, listed.get(account.name, listed.get("*")))
-            limits.update({step: limit} if limit is not None else {})
+        uid, limits = account.uid, {}
+        for step, of_users in self.limits.items():
+            limit = of_users.get(uid, of_users.get(account.name, of_users.get("*")))
+            limits.update({} if limit is None else {step: limit})
         with self.lock:
-            sums = {step: self.used(account.uid, step) + recipients for step in limits}
+            sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
-            for step in [] if over and blocked_action in REFUSALS else limits:
-                counts, now = self.counts.get((account.uid, step), {}), int(time.monotonic() // step)
-                counts[now] = counts.get(now, 0) + recipients
-                remember(self.counts, (account.uid, step), counts, 2 * MOST_REMEMBERED)
-        name = quote(account.name or account.uid)
-        for step in over:
-            text = f"over the limit of {limits[step]} recipients {PERIODS[step][1]}"
-            complain(f"user={name} is {text}", level=WARNING)
-            action = "tempfail" if blocked_action in REFUSALS else blocked_action
-            return Verdict(action, "limit", f"User {name} is {text}")
+            if not over or blocked_action not in REFUSALS:
+                for step in limits:
+                    counts, now = self.counts.get((uid, step), {}), int(time.monotonic() // step)
+                    counts[now] = counts.get(now, 0) + recipients
+                    remember(self.counts, (uid, step), counts, 2 * MOST_REMEMBERED)
+        name = quote(account.name or uid)
+        if over:
+            return over_limit(name, f"{limits[over[0]]} recipients {PERIODS[over[0]][1]}")
         for step, limit in limits.items():
             if sums[step] - recipients < 0.8 * limit <= sums[step]:
                 say(WARNING, f"user={name} has addressed {sums[step]} of {limit} recipients {PERIODS[step][1]}")
         return None
+
+
+def over_limit(name: str, limit: str) -> Verdict:
+    """Refuse a message for now, whatever blocked_action says of refusing for good."""
+    complain(f"user={name} is over the limit of {limit}", level=WARNING)
+    action = "tempfail" if blocked_action in REFUSALS else blocked_action
+    return Verdict(action, "limit", f"User {name} is over the limit of {limit}")
 
 
 def passed() -> Verdict:

@@ -8,6 +8,7 @@
     sockets     one lookup, beside 0, 1,000 and 10,000 unrelated sockets
     throughput  messages a second through Postfix to a discard transport, 10 and 100 connections at once, through
                 this milter and through others, OpenDKIM among them; and what is aimed at, next to what was reached
+    submit      messages a second through sendmail(1), without and with a milter
     steps       what is said between MTA and milter for one message
     start       from the start of the script to the first message that is served
     profile     where the processor time of one message goes, by callback
@@ -27,6 +28,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import itertools
 import json
 import operator
 import os
@@ -805,6 +807,35 @@ def throughput(quick: bool) -> None:
     table("Ours: what is aimed at, and what was reached", ["aimed at", *(" ".join(o) for o in loads.values())], rows)
 
 
+def submit(quick: bool) -> None:
+    """Hand messages to sendmail(1), four at a time, until all are gone from the queue; through each milter in turn."""
+    rounds, messages = (3, 200) if quick else (9, 1000)
+    call = f"seq {messages} | xargs -P 4 -n 1 sh -c 'echo | sendmail -f from@{mta.DOMAIN} to@{mta.DOMAIN}'"
+    rates: dict[str, list[float]] = {"none": [], "null": [], "ours": []}
+    used: dict[str, float] = dict.fromkeys(rates, 0.0)
+    with contextlib.ExitStack() as stack:
+        postfixes, pids = {}, {}
+        for name in rates:
+            main_cf = {"non_smtpd_milters": f"unix:private/{'milter' if name == 'ours' else name}.sock"}
+            postfixes[name] = stack.enter_context(mta.Postfix(discard=True, main_cf=main_cf if name != "none" else {}))
+            path = socket_of(postfixes[name], name)
+            pids[name] = [] if name == "none" else \
+                [stack.enter_context(other_milter(path, [mta.PYTHON, "-Bc", NULL, path], "postfix"))] if name == "null" else \
+                [stack.enter_context(mta.Milter(postfixes[name])).pid]
+        for round_, (name, postfix) in itertools.product(range(-1, rounds), postfixes.items()):  # the first is to warm up
+            before, began = cpu_seconds(pids[name]), time.perf_counter()
+            subprocess.run(mta.on_this_postfix(postfix, ["sh", "-c", call], SENDER), env={"PATH": mta.SYSTEM_PATH}, check=True)
+            mta.wait_for(lambda: drained(postfix), 300, "the queue to be empty")  # noqa: B023
+            if round_ >= 0:
+                rates[name].append(messages / (time.perf_counter() - began))
+                used[name] += (cpu_seconds(pids[name]) - before) / messages / rounds * 1e6
+    table("Messages a second through sendmail(1), four at once", ["/s", "of none", "of null", "CPU: milter"],
+          [(name, number(statistics.median(rates[name])), f"{of(rates[name], rates['none']):.2f}",
+            f"{of(rates[name], rates['null']):.2f}", number(used[name])) for name in rates],
+          [f"{messages:,} messages at a time, {rounds} times each, taking turns; CPU in us a message; none: no milter",
+           "null: a pymilter that adds a constant header; Postfix's one pickup process takes them one by one"])
+
+
 # What is said for one message, by the letters of the protocol (mta.STEPS).
 WORDS = dict(zip("CHMRTLNBUE", "connect helo mail rcpt data header eoh body unknown eom".split()))
 
@@ -1064,7 +1095,7 @@ def interrupted(number: int, frame: Any) -> None:
 
 def main() -> int:
     """Run the sections that were asked for."""
-    sections = "lookups", "sockets", "throughput", "steps", "start", "profile", "memory"
+    sections = "lookups", "sockets", "throughput", "submit", "steps", "start", "profile", "memory"
     parser = argparse.ArgumentParser(description="Measure what naming a sender costs, next to what else there is.")
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     parser.add_argument("section", nargs="*", metavar="SECTION", help=f"{', '.join(sections)}; all if none is named")
@@ -1089,7 +1120,7 @@ def main() -> int:
         if "sockets" in wanted:
             lookup_tables("One lookup beside so many unrelated sockets", SOCKETS,
                           (0, 1000) if options.quick else (0, 1000, 10000), options.quick, directory)
-        for section in throughput, steps, start, profile, memory:
+        for section in throughput, submit, steps, start, profile, memory:
             if section.__name__ in wanted:
                 section(options.quick)
     return 0

@@ -882,18 +882,25 @@ def recipe(heading: str) -> list[str]:
 # --- tests/try ------------------------------------------------------------------------------------------------
 
 def first_mail() -> int:
-    """Send one message as nobody through a Postfix of its own with the milter, and show what it got."""
+    """Send one message by SMTP and one by sendmail(1), as nobody, through a Postfix of its own; show what they got."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda caught, frame: sys.exit(128 + caught))  # and clean up
-    with Postfix() as postfix, Milter(postfix) as milter:
-        replies = run_as("nobody", smtp(postfix.port, "--mail-from", f"nobody@{DOMAIN}"))
-        if replies.returncode:
-            print(f"The message was not accepted:\n{replies.stdout}{replies.stderr}\n{milter.log()}{postfix.log()}")
-            return 1
-        header = postfix.wait_messages(1)[0]["X-Sender-Process-Info"]
-        line = milter.wait_lines("action=")[0]
-    print(f"User nobody sent a message by SMTP to 127.0.0.1. It was delivered with the header\n\n"
-          f"    X-Sender-Process-Info: {header}\n\nand the milter logged\n\n    {line}\n")
+    with Postfix(main_cf={"non_smtpd_milters": "$smtpd_milters"}) as postfix, Milter(postfix) as milter:
+        doors = {"SMTP to 127.0.0.1": lambda: run_as("nobody", smtp(postfix.port, "--mail-from", f"nobody@{DOMAIN}"))}
+        if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0:
+            doors["sendmail(1)"] = lambda: submit(postfix, "nobody", "Subject: test\n\nbody\n", "-f", f"nobody@{DOMAIN}",
+                                                  f"to@{DOMAIN}")
+        else:
+            print("sendmail(1) is left out: without a mount namespace (CAP_SYS_ADMIN) it would use this host's mail.\n")
+        for n, (door, send) in enumerate(doors.items(), 1):
+            sent = send()
+            if sent.returncode:
+                print(f"The message was not accepted:\n{sent.stdout}{sent.stderr}\n{milter.log()}{postfix.log()}")
+                return 1
+            (line,) = milter.wait_lines("action=", n)[n - 1:]
+            print(f"User nobody sent a message by {door}. It was delivered with the header\n\n    X-Sender-Process-Info: "
+                  f"{postfix.wait_messages(n)[n - 1]['X-Sender-Process-Info']}\n\nand the milter logged\n\n    {line}\n")
+        header = postfix.messages()[0]["X-Sender-Process-Info"]
     if (missing := missing_capabilities()) and "program=?" in str(header):
         options = " ".join(f"--cap-add={name[4:]}" for name in missing)
         print(f"The program is unknown because looking at other users' processes takes {' and '.join(missing)},\n"

@@ -52,6 +52,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {  # setting -> (value, what is said o
                       ({"*": "200"}, "whole number"), ({"no such:user": 1}, "there is no user 'no such:user'"),
                       ({"root": 1.5}, "'root': a limit"), ([("*", 200)], "must be like"), ({True: 1}, "no user True"),
                       ({None: 1}, "no user None"), ({"@root": 1}, "no user '@root'"), ({"4711": 1}, "no user '4711'")],
+    "daily_limits": [(200, "must be like"), ({"*": -1}, "whole number"), ({1.5: 1}, "no user 1.5")],
     "container_networks": [("172.17.0.0/16", "must be a list"), (["172.17.0.1/16"], "'172.17.0.1/16' is not a network"),
                            (["fd00:17::1/64"], "no host bits set"), (["127.0.0.0/8"], "no loopback in it"),
                            (["0.0.0.0/0"], "no loopback"), (["::/0"], "no loopback"), (["::1"], "no loopback"),
@@ -529,7 +530,7 @@ def run_script(packages: pathlib.Path, *arguments: str) -> subprocess.CompletedP
 def test_a_missing_package_is_one_line_that_names_it(missing: str, there: str, directory: pathlib.Path) -> None:
     """And says what to install, instead of a traceback."""
     link_packages(directory, there)
-    for option, words in ("--version", "2."), ("--help", "exit status:"):
+    for option, words in ("--version", "3."), ("--help", "exit status:"):
         ran = run_script(directory, option)
         assert words in ran.stdout and (ran.returncode, ran.stderr) == (0, "")
     ended = run_script(directory)
@@ -557,7 +558,7 @@ def test_a_python_that_is_too_old_is_one_line() -> None:
     ast.parse(mta.SCRIPT.read_text(), feature_version=(3, 7))
 
 
-@pytest.mark.parametrize("args, status, said", [(["--version"], 0, "2."), (["--help"], 0, "--check"),
+@pytest.mark.parametrize("args, status, said", [(["--version"], 0, "3."), (["--help"], 0, "--check"),
                                                 (["--nonsense"], 2, "usage:"), (["positional"], 2, "usage:")])
 def test_the_command_line_is_what_the_help_says(args: list[str], status: int, said: str, make_milter: Callable) -> None:
     """Nothing else is taken, and nothing is started."""

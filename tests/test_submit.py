@@ -170,20 +170,116 @@ def test_what_milters_before_ours_have_changed_hides_nobody(make_mail: Callable,
     assert message.get_all(HEADER) == ["user=mst-alice program=?"], mail.milter.log()
 
 
+# --- a hacked web host ----------------------------------------------------------------------------------------------
+
+SITE_PHP = """<?php
+require '/usr/share/php/libphp-phpmailer/autoload.php';
+$mail = new PHPMailer\\PHPMailer\\PHPMailer(true);
+if ($_GET['port']) {
+    $mail->isSMTP();
+    [$mail->Host, $mail->Port, $mail->SMTPAutoTLS, $mail->Helo] = ['127.0.0.1', $_GET['port'], false, 'me'];
+}
+$mail->setFrom('from@example.org');
+$mail->addAddress('to@example.org');
+[$mail->Subject, $mail->Body] = ['test', 'body'];
+$mail->send();
+echo 'sent';
+"""
+FPM = """[global]
+error_log = {0}/log
+daemonize = no
+[www]
+user = www-data
+group = www-data
+listen = {0}/web.sock
+pm = static
+pm.max_children = 1
+"""
+APACHE = """ServerName localhost
+ServerRoot {0}
+PidFile {0}/pid
+ErrorLog {0}/log
+Listen 127.0.0.1:{1}
+User www-data
+Group www-data
+StartServers 1
+LoadModule mpm_prefork_module /usr/lib/apache2/modules/mod_mpm_prefork.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+LoadModule php_module {2}
+DocumentRoot {0}
+SetHandler application/x-httpd-php
+"""
+
+
+@pytest.fixture(params=["php-fpm", "mod_php"])
+def site(request: pytest.FixtureRequest, shared: types.SimpleNamespace) -> Iterator[Callable[[int], str]]:
+    """Run a site as www-data, whose uploads have a script that sends by SMTP to a port or, for 0, by mail()."""
+    modules = sorted(pathlib.Path("/usr/lib/apache2/modules").glob("libphp*.so"))
+    servers = sorted(pathlib.Path("/usr/sbin").glob("php-fpm*"))
+    there = modules if request.param == "mod_php" else servers
+    if not there or not os.path.exists("/usr/share/php/libphp-phpmailer"):
+        pytest.skip("apache2 with mod_php, php-fpm or libphp-phpmailer is not installed")
+    port = mta.free_port()
+    with mta.tempfile.TemporaryDirectory(prefix="milter-test.") as name:
+        uploads = pathlib.Path(name, "htdocs/wp-content/uploads")
+        uploads.mkdir(parents=True)
+        uploads.joinpath("send.php").write_text(SITE_PHP)
+        os.chmod(name, 0o755)
+        conf = pathlib.Path(name, "conf")
+        if request.param == "mod_php":
+            conf.write_text(APACHE.format(name, port, modules[-1]))
+            server = ["/usr/sbin/apache2", "-DFOREGROUND", "-f", str(conf)]
+            ask = ["curl", "-sS", f"http://127.0.0.1:{port}/htdocs/wp-content/uploads/send.php?port="]
+        else:
+            conf.write_text(FPM.format(name))
+            server = [str(servers[-1]), "-y", str(conf)]
+            ask = ["cgi-fcgi", "-bind", "-connect", f"{name}/web.sock"]
+
+        def send(by: int) -> str:
+            env = {"PATH": mta.SYSTEM_PATH, "REQUEST_METHOD": "GET", "SCRIPT_FILENAME": f"{uploads}/send.php",
+                   "QUERY_STRING": f"port={by}"}
+            argv = [*ask[:-1], ask[-1] + str(by)] if ask[0] == "curl" else ask
+            answer = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+            assert answer.stdout.endswith("sent"), answer.stdout + answer.stderr + pathlib.Path(name, "log").read_text()
+            return str(uploads)
+        with subprocess.Popen(mta.on_this_postfix(shared.postfix, server), stdin=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env={"PATH": mta.SYSTEM_PATH},
+                              start_new_session=True) as process:  # at its end apache signals its whole group
+            try:
+                mta.wait_for(lambda: os.path.exists(f"{name}/web.sock") or
+                             not mta.socket.socket().connect_ex(("127.0.0.1", port)), 20, "the web server")
+                yield send
+            finally:
+                process.terminate()
+
+
+def test_the_log_has_the_directory_of_the_script_that_sent(site: Callable[[int], str], house: types.SimpleNamespace,
+                                                           sees_others: None) -> None:
+    """Where all sites run as one user: by SMTP (PHPMailer) dir= finds the hacked one, by mail() there is the user."""
+    uploads = site(house.postfix.port)
+    house.postfix.wait_messages(1)
+    line = said(house.milter, f" dir={uploads} ")
+    assert re.search(r"user=www-data uid=\d+ program=(php-fpm\S*|apache2) .* action=tag$", line), line
+    site(0)
+    message = house.postfix.wait_messages(2)[1]
+    assert message.get_all(HEADER) == ["user=www-data program=?"]
+    assert message.get_all("X-PHP-Originating-Script") in (None, ["33:PHPMailer.php"])
+
+
 # --- whom it is not turned into -------------------------------------------------------------------------------------
 
 FORGED = "Received: by mail.example.org (Postfix, from userid 0)\n"
 CHECKS = {
     "removed": r"regexp:{{/^Received: by .*from userid/ IGNORE}}",
-    "the uid removed": r"regexp:{{/^Received: by (\S+) \((\S+), from userid [0-9]+\)(.*)/ REPLACE Received: by $1 ($2)$3}}",
+    "the uid removed": r"regexp:{{/^(Received: by \S+ \(\S+), from userid [0-9]+(\).*)/ REPLACE $$1$$2}}",
     "another above it": r"regexp:{{/^Received: by .*from userid/ PREPEND X-Received: yes}}",
 }
 
 
 @pytest.mark.parametrize("checks", CHECKS)
-def test_where_header_checks_change_postfixs_line_the_sender_is_unknown(checks: str, make_mail: Callable, mounts: None,
-                                                                        users: Any) -> None:
-    """A line that the user wrote then comes first, or the mail looks like Postfix's own: nobody is named, nothing passes."""
+def test_where_header_checks_change_postfixs_line_the_sender_is_unknown(
+        checks: str, make_mail: Callable, mounts: None, users: Any) -> None:
+    """A line that the user wrote then comes first, or the mail looks like Postfix's own: nobody is named."""
     mail = make_mail({"main_cf": {**DOORS, "header_checks": CHECKS[checks]}}, unidentified_action="quarantine",
                      blocked_mailusers=["mst-alice"])
     texts = [TEXT, FORGED + TEXT, FORGED + "\tid 4ZTEST; Sat, 1 Jan 2028 00:00:00 +0000\n" + TEXT,
@@ -192,6 +288,8 @@ def test_where_header_checks_change_postfixs_line_the_sender_is_unknown(checks: 
         assert mta.submit(mail.postfix, "mst-alice", text).returncode == 0
     for content in held(mail.postfix, len(texts)):
         assert f"{HEADER}: user=? program=?\n" in content and "user=root" not in content
+        looks_own = re.match(r"Received: by \S+ \(Postfix\)\n\tid (?!4ZTEST)", content)
+        assert bool(looks_own) == (checks == "the uid removed")
     for n in range(len(texts)):
         assert said(mail.milter, "client=?", n + 1).endswith("action=quarantine reason=unidentified lookup=error")
     assert len(mail.milter.lines("ERROR who called sendmail(1) is not known")) == 1
@@ -199,7 +297,7 @@ def test_where_header_checks_change_postfixs_line_the_sender_is_unknown(checks: 
 
 
 def test_postfixs_own_mail_passes_and_is_never_held(make_mail: Callable, mounts: None, users: Any) -> None:
-    """Bounces and notices that internal_mail_filter_classes shows to milters; they have nobody's name, and no header."""
+    """Bounces and notices that internal_mail_filter_classes shows to milters: nobody's, and without a header."""
     own = {**DOORS, "internal_mail_filter_classes": "bounce, notify", "notify_classes": "bounce",
            "bounce_notice_recipient": f"notice@{mta.DOMAIN}", "virtual_mailbox_maps": "inline:{{to@example.org=inbox/} "
            "{notice@example.org=inbox/} {mst-alice@example.org=inbox/}}"}
@@ -409,7 +507,14 @@ def record(kind: str, data: "str | bytes" = b"") -> bytes:
 
 ENVELOPE = record("C", " " * 95) + record("T", "1 2") + record("A", "rewrite_context=local") + record("S", "x" * 300)
 QUEUE_ID = "4ZTESTz1"
-TOP = record("M") + record("N", "Received: by mail (Postfix, from userid 1001)") + record("N", f"\tid {QUEUE_ID}; now")
+
+
+def top(first: str = "Received: by mail (Postfix, from userid 1001)", second: str = f"\tid {QUEUE_ID}; now") -> bytes:
+    """Begin the message with these lines, as pickup(8) does."""
+    return record("M") + record("N", first) + record("N", second)
+
+
+TOP = top()
 REST = record("N", TEXT) + record("X") + record("E")
 
 
@@ -442,9 +547,12 @@ POINTER = "%15d"
     b"", b"\0" * 1000, b"N" + b"\xff" * 5000, ENVELOPE + b"R\xff\xff\xff\x7f" + TOP, ENVELOPE + REST,
     record("p", POINTER % 17) * 3, record("p", POINTER % 0) + record("p", "junk"), record("p", POINTER % -5),
     record("p", POINTER % (1 << 50)), record("M") + record("p", POINTER % 2),
-    ENVELOPE + TOP.replace(QUEUE_ID.encode(), b"4ZTESTz2") + REST, ENVELOPE + TOP.replace(b", from userid 1001", b"") + REST,
-    ENVELOPE + TOP.replace(b"by mail", b"from x") + REST, ENVELOPE + TOP.replace(b"1001", b"-101") + REST,
-    ENVELOPE + record("M") + record("N", "X: y") + TOP[2:] + REST, ENVELOPE + TOP.replace(b"\tid", b" id ") + REST])
+    ENVELOPE + top(second="\tid 4ZTESTz2; now") + REST, ENVELOPE + top(second=f" id {QUEUE_ID}; now") + REST,
+    ENVELOPE + top(second=f"X: \tid {QUEUE_ID}; now") + REST, ENVELOPE + top("Received: by mail (Postfix)") + REST,
+    ENVELOPE + top("Received: from mail (Postfix, from userid 1001)") + REST,
+    ENVELOPE + top("Received: by mail (Postfix, from userid -1)") + REST,
+    ENVELOPE + top("X: Received: by mail (Postfix, from userid 1001)") + REST,
+    ENVELOPE + record("M") + record("N", "X: y") + TOP[2:] + REST])
 def test_a_queue_file_that_is_none_is_nobodys(content: bytes, queue: Callable) -> None:
     """And is read in no time: records longer than the file, pointers in a circle or to nowhere."""
     assert queue(content) == UNKNOWN
@@ -453,7 +561,7 @@ def test_a_queue_file_that_is_none_is_nobodys(content: bytes, queue: Callable) -
 def test_postfixs_own_mail_is_told_by_its_envelope(queue: Callable) -> None:
     """post_mail(3) marks it with an attribute, which postdrop(1) takes from users."""
     own = record("A", "log_message_origin=local")
-    plain = record("M") + record("N", "Received: by mail (Postfix)") + record("N", f"\tid {QUEUE_ID}; now")
+    plain = top("Received: by mail (Postfix)")
     assert queue(ENVELOPE + own + plain + REST) is None
     assert queue(ENVELOPE + record("F", own + plain) + plain + REST) == UNKNOWN
     assert queue(ENVELOPE + own + TOP + REST) == ms.ClientSocket(1001)
@@ -513,13 +621,11 @@ def test_a_fault_of_ours_keeps_nothing_in_maildrop(make_milter: Callable, tmp_pa
 
 # --- --check --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings, said", [({}, "ok    users: of sendmail(1), from {}/incoming"),
-                                            ({"run_as_user": "nobody"}, "warn  users: of sendmail(1), from {}/incoming: ")])
-def test_check_says_whether_the_queue_can_be_read(settings: dict[str, str], said: str, mounts: None,
-                                                  root: None) -> None:
+@pytest.mark.parametrize("user, state, end", [("postfix", "ok  ", ""), ("nobody", "warn", ": cannot be read")])
+def test_check_says_whether_the_queue_can_be_read(user: str, state: str, end: str, root: None) -> None:
     """As the user that the milter will be."""
     with mta.Postfix() as postfix:
         os.chmod(f"{postfix.directory}/queue/private", 0o777)
-        milter = mta.Milter(postfix, args=["--check"], **settings)
+        milter = mta.Milter(postfix, args=["--check"], run_as_user=user)
         milter.run()
-        assert milter.lines(said.format(f"{postfix.directory}/queue")), milter.log()
+        assert f"{state}  users: of sendmail(1), from {postfix.directory}/queue/incoming{end}" in milter.lines()
