@@ -2362,7 +2362,6 @@ def limits_problems(limits: Any) -> Iterator[str]:
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
 LSOF_CURE = "install lsof, and the rule of sudoers.example; not needed where the milter is started as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
-CONTAINER_ENDS = endpoint("127.0.0.1", 40000), endpoint("127.0.0.1", 25)  # in a namespace made for this
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 FAILED: list[str] = []  # what --check found that stops the milter
 
@@ -2505,7 +2504,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     assert isinstance(lookup, KernelLookup)
     made = os.geteuid() == 0
     stranger = connection_made() if made else connection_found(lookup)
-    container = bool(container_networks) and container_made()
+    container = container_made() if container_networks else None
     privileged = os.geteuid() == 0 or sees_others()
     channel = fork_helper(user) if privileged else None
     become(user)
@@ -2519,15 +2518,15 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     elif owner:
         check_program("programs: the helper", Describer(channel, False), owner, HELPER_CURE)
     if container and channel:
-        check_containers(Describer(channel, False))
+        check_containers(Describer(channel, False), container)
     elif container_networks:
         report("containers", "no helper" if channel is None else "not tried, no namespace can be made", HELPER_CURE)
 
 
-def check_containers(describer: Describer) -> None:
+def check_containers(describer: Describer, end: Endpoint) -> None:
     """Look whether the helper finds a connection in another network namespace."""
     began = time.perf_counter()
-    facts = describer.find_in_containers(*CONTAINER_ENDS)
+    facts = describer.find_in_containers(end, end)
     took = (time.perf_counter() - began) * 1e3
     report(f"containers: a connection in another network namespace, {took:.0f} ms",
            "" if facts.get("uid") == 0 else facts.get("why", "wrong uid"), HELPER_CURE)
@@ -2620,23 +2619,25 @@ def connection_made() -> Stranger:
     return (endpoint("127.0.0.1", int(port)), server, pwd.getpwnam(name).pw_uid) if port else None
 
 
-def container_made() -> bool:
-    """Have a process connect to itself in a network namespace of its own; tell whether it could."""
-    near, far = os.pipe()
+def container_made() -> Optional[Endpoint]:
+    """Have a process connect to itself in a network namespace of its own; give its end, None if it may not."""
+    near, far = socket.socketpair()
     if os.fork() == 0:
         try:
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it is there until --check ends
+            near.close()
             checked(LIBC.unshare(CLONE_NEWNET))
-            with socket.create_server(("", CONTAINER_ENDS[1].port)) as listener:
-                fcntl.ioctl(listener, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
-                with socket.create_connection(("127.0.0.1", CONTAINER_ENDS[1].port),
-                                              source_address=("127.0.0.1", CONTAINER_ENDS[0].port)):
-                    os.write(far, b"x")
-                    signal.pause()
+            connection = socket.socket()
+            fcntl.ioctl(connection, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+            connection.bind(("127.0.0.1", 0))
+            connection.connect(connection.getsockname())
+            far.send(str(connection.getsockname()[1]).encode())
+            far.recv(1)  # until --check ends, and the other end with it
         finally:
             os._exit(0)
-    os.close(far)
-    return bool(os.read(near, 1))
+    far.close()
+    port = near.recv(8)
+    near.detach()
+    return endpoint("127.0.0.1", int(port)) if port else None
 
 
 # ------------------------------------------------------------------------------- privilege, start
