@@ -2608,7 +2608,6 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
 LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
-CONTAINER_ENDS = endpoint("127.0.0.1", 40000), endpoint("127.0.0.1", 25)  # in a namespace made for this
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 FAILED: list[str] = []  # what --check found that stops the milter
 
@@ -2737,7 +2736,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
     if not problem:
         others = connection_made() if as_root else connections_found()
-        container = bool(container_networks) and container_made()
+        container = container_made() if container_networks else None
         problem, way = prepare(user)
     report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
     if problem:
@@ -2747,17 +2746,19 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
            "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
     check_programs(way, check_users(others, as_root))
     if container_networks:
-        check_containers(way, container)
+        check_containers(container)
 
 
-def check_containers(way: str, container: bool) -> None:
-    """Look whether the helper finds a connection in another network namespace; container: whether there is one."""
+def check_containers(end: Optional[Endpoint]) -> None:
+    """Look whether the helper finds a connection in another network namespace; None: there is none."""
+    if end is None:
+        report("containers", "not tried, no network namespace can be made here", HELPER_CURE)
+        return
     began = time.perf_counter()
-    facts = SysuserMilter.describer.find_in_containers(*CONTAINER_ENDS)
+    facts = SysuserMilter.describer.find_in_containers(end, end)
     took = (time.perf_counter() - began) * 1e3
-    problem = "" if facts.get("uid") == 0 else facts.get("why", "wrong uid")
     report(f"containers: a connection in another network namespace, {took:.0f} ms",
-           problem if container else "not tried, no namespace can be made here", HELPER_CURE)
+           "" if facts.get("uid") == 0 else facts.get("why", "wrong uid"), HELPER_CURE)
 
 
 OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
@@ -2825,23 +2826,25 @@ def connection_made() -> OtherUsers:
     return [(endpoint(*client), endpoint(*server), user.pw_uid)]
 
 
-def container_made() -> bool:
-    """Have a process connect to itself in a network namespace of its own; tell whether it could."""
-    near, far = os.pipe()
+def container_made() -> Optional[Endpoint]:
+    """Have a process connect to itself in a network namespace of its own; give its end, None if it may not."""
+    near, far = socket.socketpair()
     if os.fork() == 0:
         try:
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it is there until --check ends
+            near.close()
             checked(LIBC.unshare(CLONE_NEWNET))
-            with socket.create_server(("", CONTAINER_ENDS[1].port)) as listener:
-                fcntl.ioctl(listener, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
-                with socket.create_connection(("127.0.0.1", CONTAINER_ENDS[1].port),
-                                              source_address=("127.0.0.1", CONTAINER_ENDS[0].port)):
-                    os.write(far, b"x")
-                    signal.pause()
+            connection = socket.socket()
+            fcntl.ioctl(connection, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+            connection.bind(("127.0.0.1", 0))
+            connection.connect(connection.getsockname())
+            far.send(str(connection.getsockname()[1]).encode())
+            far.recv(1)  # until --check ends, and the other end with it
         finally:
             os._exit(0)
-    os.close(far)
-    return bool(os.read(near, 1))
+    far.close()
+    port = near.recv(8)
+    near.detach()
+    return endpoint("127.0.0.1", int(port)) if port else None
 
 
 # ------------------------------------------------------------------------------- privilege, start

@@ -55,6 +55,8 @@ CLIENT = pathlib.Path("/nonexistent")  # the cgroup that mail is sent from; see 
 SENDER, STRANGER = "daemon", "nobody"  # users that every Debian has
 LSOF = "/usr/bin/lsof"
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+CONTAINER_NETWORK, HOST_ADDRESS, CONTAINER_ADDRESS = "172.17.0.0/16", "172.17.0.1", "172.17.0.5"
+NAMESPACES = 50  # beside the container's
 DIALLED, CLIENT_ADDRESS = "203.0.113.5", "198.51.100.1"  # in a network namespace of its own; RFC 5737
 SUDOERS = pathlib.Path("/etc/sudoers.d/milter-sysuser-bench")
 BARE_RULE = "Cmnd_Alias MILTER_BENCH_BARE = /usr/bin/lsof ^-p [0-9]+$\nDefaults!MILTER_BENCH_BARE !syslog, " \
@@ -122,6 +124,29 @@ accepted, client = socket.socket(fileno=int(sys.argv[1])).accept()
 accepted.recv(1)
 print(client[1], flush=True)
 os.read(0, 1)
+'''
+
+# Containers: processes in network namespaces of their own, whose lo is up, until its standard input ends.
+CONTAINERS = r'''
+import ctypes, fcntl, os, socket, struct, sys
+children = []
+for _ in range(int(sys.argv[1])):
+    ready, done = os.pipe()
+    children.append(os.fork())
+    if children[-1] == 0:
+        if ctypes.CDLL(None).unshare(0x40000000) == 0:
+            fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+            os.write(done, b"x")
+        os.close(done)
+        os.read(0, 1)
+        os._exit(0)
+    os.close(done)
+    if not os.read(ready, 1):
+        sys.exit("no network namespace")
+print(children[-1], flush=True)
+os.read(0, 1)
+for child in children:
+    os.waitpid(child, 0)
 '''
 
 # A host that sends everyone's outgoing port 25 to its own MTA.
@@ -269,10 +294,10 @@ def number(value: Any) -> str:
 
 @contextlib.contextmanager
 def running(code: str, *arguments: Any, user: Optional[str] = None, cgroup: Optional[pathlib.Path] = None,
-            descriptors: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+            descriptors: Sequence[int] = (), enter: Sequence[str] = ()) -> Iterator[tuple[int, int]]:
     """Run a snippet that prints a number and then waits for the end of its input; give its pid and the number."""
     begin = "import os; os.read(0, 1)\n"  # when it is where it belongs: a socket keeps the cgroup it was made in
-    with subprocess.Popen([mta.PYTHON, "-c", begin + code, *map(str, arguments)], stdin=subprocess.PIPE, text=True,
+    with subprocess.Popen([*enter, mta.PYTHON, "-c", begin + code, *map(str, arguments)], stdin=subprocess.PIPE, text=True,
                           stdout=subprocess.PIPE, start_new_session=True,  # an interrupt is for us alone
                           pass_fds=descriptors, **(mta.identity(user) if user else {})) as process:
         if cgroup:
@@ -373,6 +398,30 @@ def why_unknown(found: Any) -> str:
     return "" if found and found.uid is not None else getattr(found, "why", "") or "not-found"
 
 
+def container_lookup(m: Any, describer: Any) -> Callable[[Any, Any], Any]:
+    """Give what finds a container's client by both ends."""
+    m.container_networks = [CONTAINER_NETWORK]
+    lookup = m.KernelLookup(lambda mta_end: "redirected")
+    return lambda near, far: m.find_container_client(lookup, describer, near, far)
+
+
+class InProcess:
+    """What has a container's client found as the helper does it, but here, and as if it had never seen a container."""
+
+    def __init__(self, m: Any) -> None:
+        self.m = m
+
+    def find_in_containers(self, near: Any, far: Any) -> dict:
+        """Find the socket."""
+        self.finder = finder_of(self.m)
+        ends = [(self.m.V4_MAPPED + end.address)[-16:] + end.port.to_bytes(2, "big") for end in (near, far)]
+        return self.finder.answer(self.m.WHOSE_IN_CONTAINERS, 0, 0, 0, b"".join(ends))
+
+    def describe(self, found: Any) -> dict:
+        """Find the process that has it."""
+        return self.finder.answer(self.m.WHO_HAS, found.uid, found.inode, found.cgroup)
+
+
 def finder_of(m: Any) -> Any:
     """Make what searches for the process, as the helper has it."""
     return m.Finder(m.header_fields + m.log_fields)
@@ -442,6 +491,23 @@ def redirected_client(m: Any) -> Iterator[Client]:
             yield Client(pid, m.endpoint(CLIENT_ADDRESS, own), m.endpoint("127.0.0.1", port), None)
 
 
+@contextlib.contextmanager
+def container_client(m: Any) -> Iterator[Client]:
+    """Have a sender in a container dial an MTA here, beside other containers; in a network of its own."""
+    with running(CONTAINERS, 1) as (_, container), running(CONTAINERS, NAMESPACES), \
+            own_cgroup("container") as own, socket.create_server(("", 0)) as listener:
+        inside, port = ["nsenter", f"--target={container}", "--net"], listener.getsockname()[1]
+        for command in ("ip link add br0 type bridge", f"ip address add {HOST_ADDRESS}/16 dev br0", "ip link set br0 up",
+                        f"ip link add g0 type veth peer name eth0 netns {container}", "ip link set g0 master br0 up"):
+            subprocess.run(command.split(), check=True, env={"PATH": mta.SYSTEM_PATH})
+        for command in f"ip address add {CONTAINER_ADDRESS}/16 dev eth0", "ip link set eth0 up":
+            subprocess.run([*inside, *command.split()], check=True, env={"PATH": mta.SYSTEM_PATH})
+        sender = pwd.getpwnam(SENDER)
+        enter = [*inside, "setpriv", f"--reuid={sender.pw_uid}", f"--regid={sender.pw_gid}", "--clear-groups"]
+        with running(CLIENT, HOST_ADDRESS, port, cgroup=own, enter=enter) as (pid, own_port), listener.accept()[0]:
+            yield Client(pid, m.endpoint(CONTAINER_ADDRESS, own_port), m.endpoint(HOST_ADDRESS, port), None)
+
+
 def measure(rows: dict[str, Callable[[], Any]], seconds: float, most: int = 300) -> dict[str, Any]:
     """Call the rows in turn, each for so many seconds or times; give medians in us, or the word of a failure.
 
@@ -509,6 +575,22 @@ def by_redirect(m: Any, seconds: float) -> dict[str, Any]:
     return in_child(ways, network=True) or {name: "error"}
 
 
+def by_container(m: Any, seconds: float) -> dict[str, Any]:
+    """Measure the lookup of a client in a container beside others: the first of all, and those that follow."""
+    names = (f"in process, in a container, the first, {NAMESPACES} others", "through the helper, in a container, seen before")
+
+    def ways() -> dict[str, Any]:
+        anew = script.__wrapped__(os.path.dirname(m.__file__))
+        with container_client(anew) as sender:
+            helper, calls = by_helper(anew), []
+            for describer in InProcess(anew), helper:
+                lookup = container_lookup(anew, describer)
+                calls.append(lambda describer=describer, lookup=lookup: holds(
+                    description(describer, lookup(sender.near, sender.far)), sender))
+            return {**measure({names[0]: calls[0]}, seconds, 30), **measure({names[1]: calls[1]}, seconds, 60)}
+    return in_child(ways, network=True) or dict.fromkeys(names, "error")
+
+
 def lookups(m: Any, seconds: float, crowded: bool) -> dict[str, Any]:
     """Measure every way of looking up at this moment; crowded: the cases that depend on processes, too."""
     with contextlib.ExitStack() as stack:
@@ -550,6 +632,7 @@ def lookups(m: Any, seconds: float, crowded: bool) -> dict[str, Any]:
             "through the helper, sent lately": ask(neighbour)}, seconds))
         if crowded:
             found.update(by_redirect(m, seconds))
+            found.update(by_container(m, seconds))
         # By themselves, too: what starts a process leaves whoever comes next a cold machine.
         found.update(measure({
             "psutil.net_connections": lambda: by_psutil(sender),
