@@ -75,6 +75,7 @@ def test_no_capability_is_in_the_milter_and_two_are_in_the_helper(prefix: list[s
     milter.options["cwd"] = "/tmp"
     milter.start()
     user, (helper,) = pwd.getpwnam("postfix"), milter.helper_pids()
+    mta.wait_for(lambda: is_serving(helper), what="the helper")
     for pid, capabilities in (milter.pid, 0), (helper, BOTH):
         found = status(pid)
         assert found["Uid"].split() == [str(user.pw_uid)] * 4
