@@ -1705,7 +1705,7 @@ class Describer:
     """
 
     def __init__(self, helper: Optional[Helper], by_lsof: bool = False) -> None:
-        """Make one; by_lsof: whether sudo allows it, which is asked again when the helper has ended."""
+        """Make one; by_lsof: whether sudo allows it, which is asked when the helper has ended."""
         self.helper, self.by_lsof, self.why_nobody = helper, by_lsof, "not-permitted"
         self.lock, self.number = threading.Lock(), 0
         self.owed_until = 0.0  # when the last question's answer is overdue; 0: it has come
@@ -1731,7 +1731,7 @@ class Describer:
             return {"why": "error"}
 
     def what_was_dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
-        """Say what the client of the MTA's end dialled before NAT redirected it; or why not, in a word."""
+        """Say what the client of the MTA's end dialled before NAT redirected it; or why not."""
         facts = self._ask_helper(WHAT_WAS_DIALLED, mta_end.uid, mta_end.inode, mta_end.cgroup)
         if "address" in facts:
             return endpoint(facts["address"], facts["port"])
@@ -1750,11 +1750,13 @@ class Describer:
             return {"why": "busy"}
         try:
             # Whoever asked before gave up too early for this answer: it is waited for until it is overdue.
-            if self.owed_until and self._receive(helper.channel, min(deadline, self.owed_until)) is None:
+            channel, overdue = helper.channel, min(deadline, self.owed_until)
+            if self.owed_until and self._receive(channel, overdue) is None:
                 return {"why": "timeout"}
             self.number, self.owed_until = self.number + 1, time.monotonic() + HELPER_SECONDS
-            helper.channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup, ends), socket.MSG_DONTWAIT)
-            return self._receive(helper.channel, deadline) or {"why": "timeout"}
+            question = QUESTION.pack(self.number, kind, uid, inode, cgroup, ends)
+            channel.send(question, socket.MSG_DONTWAIT)
+            return self._receive(channel, deadline) or {"why": "timeout"}
         except OSError:  # it has ended just now, which _watch says
             return {"why": "no-helper"}
         finally:
@@ -1803,8 +1805,9 @@ class Describer:
             with self.lock:
                 self.running = [lsof for lsof in self.running if lsof.poll() is None]
                 if len(self.running) < LSOF_PROCESSES:
-                    lsof = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
-                                            env={**os.environ, "LC_ALL": "C"})
+                    lsof = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
+                        env={**os.environ, "LC_ALL": "C"})
                     self.running.append(lsof)
                     self.started = time.monotonic()
                     break
@@ -1868,8 +1871,9 @@ def wanted_facts() -> tuple[str, ...]:
 
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
 # What a payer may take of the helper's processor time: this share of it, of which he may be so many
-# seconds ahead. An ordinary question takes a fraction of what is free.
-SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.001
+# seconds ahead. Of each question this much is free, which ordinary ones stay below: where Postfix's
+# hundred sessions (default_process_limit) all take it, the last waits 0.2 s for its turn.
+SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.002
 ARGS_SECONDS = 0.05  # reading a command line can be made to hang
 FACT_BYTES = 512  # of each fact from the process table
 
@@ -1911,9 +1915,11 @@ class Finder:
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     return read(*found)
             return {"why": "gone"}
-        payer: Any = (uid, cgroup)  # others may have crowded root's cgroup, so root pays in that one only
+        # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
+        # pays in that one only.
+        payer: Any = (uid, cgroup)
         if uid:
-            with contextlib.suppress(OSError, ValueError):  # whoever has many uids delegated pays as one
+            with contextlib.suppress(OSError, ValueError):
                 payer = min(delegated_to(uid), default=uid)
         return self.charged(payer, find_and_read)
 
@@ -1984,7 +1990,7 @@ class Finder:
     def find_holder(self) -> Optional[tuple[int, str]]:
         """Find a process that has the socket, and the link below its directory, or None."""
         pids, links = self.recent.get(self.uid, ([], []))
-        for pid, place in self.places_by_likelihood(pids, links):
+        for pid, place in self.likely_places(pids, links):
             link = self.link_to_target(pid, place)
             if link:
                 pids = [*(old for old in pids if old != pid), pid][-8:]
@@ -1993,7 +1999,7 @@ class Finder:
                 return pid, link
         return None
 
-    def places_by_likelihood(self, recent: list[int], links: list[str]) -> Iterator[tuple[int, str]]:
+    def likely_places(self, recent: list[int], links: list[str]) -> Iterator[tuple[int, str]]:
         """Give processes and, below their directories, links or descriptor tables to look at.
 
         The user's own come first, the newest of them before the others.
@@ -2007,9 +2013,8 @@ class Finder:
             return own[pid]
         for source in (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
             pids = [pid for pid in reversed(source()) if pid not in own]
-            if links:
-                yield from ((pid, link) for pid in pids if is_own(pid) for link in links)
-            yield from ((pid, "fd") for pid in pids if is_own(pid))
+            for places in filter(None, (links, ["fd"])):
+                yield from ((pid, place) for pid in pids if is_own(pid) for place in places)
         for pid in filter(own.get, own):
             yield from ((pid, table) for table in thread_tables(pid))
         yield from ((pid, "fd") for pid in own if not own[pid])
@@ -2030,7 +2035,7 @@ class Finder:
         return 0
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
-        """Give the link to the socket, which a place is or a table has; None if there is none; OSError."""
+        """Give the link to the socket, which a place is or a table has; None: there is none. OSError."""
         # A process that has ended has none. What else goes wrong must not hide a holder.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if not place.endswith("fd"):
@@ -2040,7 +2045,8 @@ class Finder:
                 if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
                     raise BusyError
                 descriptors = os.listdir(directory)
-                for index, descriptor in enumerate(reversed(descriptors)):  # what was opened last stands last
+                descriptors.reverse()  # what was opened last stands last
+                for index, descriptor in enumerate(descriptors):
                     if index % 1000 == 0:
                         self.charge(min(1000, len(descriptors) - index))
                     try:
@@ -2075,13 +2081,18 @@ def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
     return [int(uid) for uid in uids.groups()]
 
 
+KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1)  # asm/unistd_64.h, asm-generic/unistd.h
+KCMP_FILES = 2  # linux/kcmp.h
+
+
 def thread_tables(pid: int) -> list[str]:
-    """Give the tables of a process's other threads, which need not be its first one's."""
+    """Give the tables of a process's other threads that are not its first one's, too (kcmp(2))."""
     threads: list[str] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if os.stat(f"/proc/{pid}/task").st_nlink > 3:
             threads = os.listdir(f"/proc/{pid}/task")
-    return [f"task/{thread}/fd" for thread in threads if thread != str(pid)]
+    return [f"task/{thread}/fd" for thread in threads
+            if thread != str(pid) and LIBC.syscall(KCMP, pid, int(thread), KCMP_FILES, 0, 0)]
 
 
 def read_process(directory: int, wanted: Iterable[str], thread: str = "") -> Facts:
@@ -2228,7 +2239,8 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
         return []
     try:
         with open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
-            return [int(pid) for pid in file.read().split()]
+            # 0 stands for each process of another namespace.
+            return [int(pid) for pid in file.read().split() if pid != b"0"]
     except OSError:
         return []
     finally:

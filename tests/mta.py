@@ -727,17 +727,16 @@ class Wire:
 
 
 class Clients:
-    """Connections to a listener of ours that a user's program holds, each to be announced to a milter once."""
+    """Connections to a listener of ours that one process of a user holds, each to be announced to a milter once."""
 
-    HOLD = ("import socket, sys; port, n = map(int, sys.argv[1:])\n"
-            "held = [socket.create_connection(('127.0.0.1', port)) for _ in range(n)]\n"
-            "for sock in held: sock.sendall(b'EHLO')\n"
-            "print(len(held), flush=True); sys.stdin.read()")
-
-    def __init__(self, user: str, number: int = 1, code: str = HOLD) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    def __init__(self, user: str, number: int = 1) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.listener.settimeout(30)
         self.port = self.listener.getsockname()[1]
+        code = ("import socket, sys; port, n = map(int, sys.argv[1:])\n"
+                "held = [socket.create_connection(('127.0.0.1', port)) for _ in range(n)]\n"
+                "for sock in held: sock.sendall(b'EHLO')\n"
+                "print(len(held), flush=True); sys.stdin.read()")
         self.process = as_user(user, [PYTHON, "-c", code, str(self.port), str(number)])
         assert self.process.stdout.readline(), self.process.stderr.read()
         self.accepted = [self.listener.accept() for _ in range(number)]
