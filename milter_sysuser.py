@@ -647,6 +647,10 @@ def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REME
         del memory[next(iter(memory))]
 
 
+# systemd.io/JOURNAL_NATIVE_PROTOCOL; the facility is mail, as in the unit
+JOURNAL_FIELDS = b"PRIORITY=%d\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=%b\n"
+
+
 @functools.lru_cache(maxsize=1)
 def log_target() -> tuple[int, bool]:
     """Give the descriptor to log to, and whether the journal reads it (systemd.exec(5)).
@@ -673,20 +677,11 @@ def say(level: int, text: str) -> None:
         try:
             if select.select([], [descriptor], [], 0)[1]:  # else nobody reads: the line is lost
                 os.write(descriptor, data + b"\n")
-        except ConnectionError:  # whoever read it has gone, and does not come back to this descriptor
-            if journalled:
-                say_to_journal(level, data[len(stamp):])
-
-
-def say_to_journal(level: int, line: bytes) -> None:
-    """Log past a stream that ended with the journald which read it; OSError while there is none.
-
-    systemd.io/JOURNAL_NATIVE_PROTOCOL. SYSLOG_FACILITY is mail, as in the unit.
-    """
-    fields = f"PRIORITY={level}\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=".encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-        journal.setblocking(False)
-        journal.sendto(fields + line + b"\n", "/run/systemd/journal/socket")
+        except ConnectionError:
+            if journalled:  # a journald that was stopped does not take its streams up again
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+                    journal.setblocking(False)
+                    journal.sendto(JOURNAL_FIELDS % (level, data[len(stamp):]), "/run/systemd/journal/socket")
 
 
 COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
@@ -2621,6 +2616,7 @@ HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP
 LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
+SOCKET_CURE = "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser"
 FAILED: list[str] = []  # what --check found that stops the milter
 
 
@@ -2646,6 +2642,7 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
         if value != rule.default:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
+    check_host()
     try:
         check_lookups(account_by_name(run_as_user))
         check_names()
@@ -2712,6 +2709,16 @@ def check_postfix() -> None:
         if kind == "smtpd_proxy_filter":
             report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
                    "give local clients a listener with content_filter instead; see README, Content filters")
+
+
+def check_host() -> None:
+    """Look for what this host can have changed under the milter."""
+    if is_lost(socketname):
+        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
+    with contextlib.suppress(FileNotFoundError):
+        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
+            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
+                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
 def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
@@ -3015,106 +3022,62 @@ def run() -> NoReturn:
     Milter.factory = SysuserMilter
     Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
     Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: signals.put(number))
+    # libmilter waits for the same signals in a thread of its own. One that the main thread does not
+    # block goes to the main thread.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        listener = listen(handed_over())
+        path, aside = listen(handed_over())
     except (OSError, Milter.error) as error:
         say(ERROR, f"{socketname}: {error}")
         end(EX_FAILED)
-    told: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _: told.put(number))
-    # The kernel gives a signal to the main thread first, if that does not block it. libmilter waits
-    # for the same ones in a thread of its own.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    threading.Thread(target=serve_mta, args=(listener,), daemon=True).start()
-    announce(listener, ways)
-    stop(listener, told)
+    threading.Thread(target=serve_mta, args=(path,), daemon=True).start()
+    announce(path, ways, bool(aside))
+    stop(path, aside, signals)
 
 
-class Listener(NamedTuple):
-    """What libmilter takes sessions from."""
+def listen(given: str) -> tuple[str, tuple[int, ...]]:
+    """Open the socket, or take the one that is given; OSError, Milter.error.
 
-    path: str
-    number: int = -1  # the descriptor that libmilter knows, where the service manager's is under it
-    spare: int = -1  # libmilter's own, to which nobody can connect
-
-
-def listen(given: str) -> Listener:
-    """Open the socket, or put the one that is given under libmilter's descriptor; OSError, Milter.error.
-
-    Only Debian's libmilter takes a descriptor. Every libmilter makes a socket at a path, and accepts
-    from whatever is under its number then.
+    Only Debian's libmilter takes a descriptor. Each makes a socket at a path, and accepts from what is
+    under that number: there the given one is put. Give the path, and, to undo this, a copy of
+    libmilter's own socket, which nobody can reach, and its number.
     """
+    def bind(path: str) -> str:  # runmilter goes on with this socket
+        Milter.milter.register("milter_sysuser")
+        Milter.milter.setconn("unix:" + path)
+        Milter.milter.opensocket(False)
+        return path
     if not given:
         os.umask(0o177)  # the socket's mode, as bind(2) takes it
-        bind_libmilter(socketname)
-        return Listener(socketname)
+        return bind(socketname), ()
     with tempfile.TemporaryDirectory() as directory:
-        bind_libmilter(f"{directory}/socket")
-        number = descriptor_bound_to(f"{directory}/socket")
-    spare = os.dup(number)
+        path, me = bind(f"{directory}/socket"), psutil.Process()
+        sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
+        number = next(one.fd for one in sockets("unix") if one.laddr == path)
+    aside = os.dup(number), number
     os.dup2(HANDED_OVER, number, inheritable=False)
     with socket.socket(fileno=os.dup(HANDED_OVER)) as handed:
-        return Listener(handed.getsockname(), number, spare)
+        return handed.getsockname(), aside
 
 
-def bind_libmilter(path: str) -> None:
-    """Have libmilter listen; runmilter then goes on with this socket. Milter.error."""
-    Milter.milter.register("milter_sysuser")
-    Milter.milter.setconn("unix:" + path)
-    Milter.milter.opensocket(False)
-
-
-def descriptor_bound_to(path: str) -> int:
-    """Find the descriptor of this process's socket at a path; OSError if there is none."""
-    for number in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError):  # no socket
-            candidate = socket.socket(fileno=number)
-            name = candidate.getsockname()
-            candidate.detach()
-            if name == path:
-                return number
-    raise OSError(errno.EBADF, "libmilter's socket is not found")
-
-
-def sockets_at(path: str, state: str) -> int:
-    """Count the sockets that were bound to a path, in a state of /proc/net/unix; 0 where that is not there.
-
-    01: listens. 02: has connected, nobody has accepted it. 03: accepted (linux/net.h, socket_state).
-    """
-    try:
-        with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
-            rows = [line.split(maxsplit=7)[5:] for line in table]
-    except FileNotFoundError:
-        return 0
-    return sum(row[0] == state and row[2:] == [path + "\n"] for row in rows)
-
-
-def is_lost(path: str) -> bool:
-    """Tell whether somebody listens on a socket that was bound to a path, which leads elsewhere now."""
-    try:
-        served = is_served(path)
-    except OSError as error:
-        served = error.errno != errno.EACCES  # that would be somebody else's; here many wait
-    return sockets_at(path, "01") > served
-
-
-def serve_mta(listener: Listener) -> None:
+def serve_mta(path: str) -> None:
     """Have libmilter serve sessions until it fails."""
     try:
-        Milter.runmilter("milter_sysuser", "unix:" + listener.path, timeout or LONGEST_TIMEOUT, rmsock=False)
+        Milter.runmilter("milter_sysuser", "unix:" + path, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        say(ERROR, f"{listener.path}: {error}")
+        say(ERROR, f"{path}: {error}")
         end(EX_FAILED)
-    os.kill(os.getpid(), signal.SIGHUP)  # libmilter has taken a signal, of which it does not say which
+    os.kill(os.getpid(), signal.SIGHUP)  # libmilter has had a signal, and does not say which
 
 
-def announce(listener: Listener, ways: str) -> None:
+def announce(path: str, ways: str, given: bool) -> None:
     """Say that sessions can begin, to the service manager as well (sd_notify(3))."""
-    say(INFO, f"listening on {listener.path if listener.spare < 0 else f'fd:{HANDED_OVER}'}")
-    if listener.spare >= 0 and is_lost(listener.path):
-        say(WARNING, f"{listener.path} is not the service manager's socket any more: mail passes unseen; "
-                     "restart milter_sysuser.socket and milter_sysuser")
+    say(INFO, f"listening on {f'fd:{HANDED_OVER}' if given else path}")
+    if given and is_lost(path):
+        say(WARNING, f"{path} is not the service manager's socket any more, and mail passes unseen: {SOCKET_CURE}")
     name = os.environ.get("NOTIFY_SOCKET", "")
     if name:
         try:
@@ -3125,24 +3088,40 @@ def announce(listener: Listener, ways: str) -> None:
             say(ERROR, f"NOTIFY_SOCKET: {error}")
 
 
-def stop(listener: Listener, signals: queue.SimpleQueue[int]) -> NoReturn:
-    """Once told to, take no new sessions, let those that are open end, and end.
+def is_lost(path: str) -> bool:
+    """Tell whether somebody listens on a socket that was bound to a path, which leads elsewhere now."""
+    with contextlib.suppress(OSError):  # many wait there; or it cannot be told
+        return sockets_at(path, "01") > is_served(path)
+    return False
+
+
+def sockets_at(path: str, *states: str) -> int:
+    """Count the sockets that were bound to a path, by their states in /proc/net/unix (linux/net.h).
+
+    01: listens; 02: has connected, and waits to be accepted; 03: accepted.
+    """
+    with contextlib.suppress(FileNotFoundError), open("/proc/net/unix", errors="surrogateescape") as table:
+        return sum(line.endswith(f" {path}\n") and line.split()[5] in states for line in table)
+    return 0
+
+
+def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> NoReturn:
+    """Wait for a signal; take no new sessions, let those that are open end, and end.
 
     In a session that is cut off the MTA would go on without us. A second signal does that at once.
     """
-    told, ours = [signals.get()], ["03"]
+    told, left = [signals.get()], 1
     SysuserMilter.directory.end()
-    if listener.spare >= 0:  # what comes now waits with the service manager
-        os.dup2(listener.spare, listener.number, inheritable=False)
+    deadline = time.monotonic() + STOP_SECONDS
+    if aside:  # new ones wait with the service manager
+        os.dup2(aside[0], aside[1], inheritable=False)
     else:
         with contextlib.suppress(OSError):
-            os.unlink(listener.path)
-        ours.append("02")  # what waits is served yet
-    left, deadline = 1, time.monotonic() + STOP_SECONDS
+            os.unlink(path)
     while left and len(told) == 1 and time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
             told.append(signals.get(timeout=0.03))  # also the time for an accept(2) that has begun
-        left = sum(sockets_at(listener.path, state) for state in ours)
+        left = sockets_at(path, "03") if aside else sockets_at(path, "02", "03")
     if left:
         say(WARNING, f"{left} sessions are still open: the MTA goes on in them as where no milter is")
     restart = set(told) == {signal.SIGHUP}
@@ -3151,23 +3130,18 @@ def stop(listener: Listener, signals: queue.SimpleQueue[int]) -> NoReturn:
 
 
 def end(status: int) -> NoReturn:
-    """End at once: libmilter's own stop hangs under load (it destroys a mutex in use)."""
-    if status == EX_CONFIG:
-        with contextlib.suppress(ValueError, OSError):
-            drop_waiting()
-    os._exit(status)
+    """End at once: libmilter's own stop hangs under load (it destroys a mutex in use).
 
-
-def drop_waiting() -> None:
-    """Let the MTA not wait on the service manager's socket until somebody mends the setting.
-
-    Nobody can connect any more, and who has connected is dropped, until there is nobody: OSError.
+    The MTA shall not wait on the service manager's socket until somebody mends a setting: nobody can
+    connect to it any more, and who has connected is dropped, until there is nobody (OSError).
     """
-    if handed_over():
-        given = socket.socket(fileno=HANDED_OVER)
-        given.shutdown(socket.SHUT_RDWR)
-        while True:
-            given.accept()[0].close()
+    with contextlib.suppress(ValueError, OSError):
+        if status == EX_CONFIG and handed_over():
+            given = socket.socket(fileno=HANDED_OVER)
+            given.shutdown(socket.SHUT_RDWR)
+            while True:
+                given.accept()[0].close()
+    os._exit(status)
 
 
 def main() -> int:

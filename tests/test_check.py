@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import types
 from typing import Any, Callable, Iterator, Mapping, Optional
@@ -358,3 +359,35 @@ def test_what_differs_from_the_settings_as_delivered_is_shown(check: Any, tmp_pa
     assert "      timeout = 5, from the script; as delivered: 0" in found.lines
     assert f"      hourly_limits = {{'*': 9}}, from {file}, line 2; as delivered: {{}}" in found.lines
     assert not [line for line in found.lines if line.startswith("      header_name")]
+
+
+def test_a_kernel_that_lets_nobody_be_traced_is_named(check: Callable[..., Checked], stranger: None) -> None:
+    """Redirected clients are then unknown."""
+    yama = "/proc/sys/kernel/yama"
+    for scope in 3, 2:
+        found = check(prefix=["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {yama[:-5]} && mkdir {yama} && "
+                              f'echo {scope} >{yama}/ptrace_scope && exec "$@"', "sh"])
+        said = [line for line in found.lines if "redirected clients" in line]
+        assert said == ([found.line("redirected clients: kernel.yama.ptrace_scope = 3")] if scope == 3 else [])
+
+
+@pytest.mark.parametrize("instead", ["nothing", "another's", "another's that has ended"])
+def test_a_socket_whose_file_is_not_its_own_any_more_is_named(check: Callable[..., Checked], postfix: mta.Postfix,
+                                                             instead: str) -> None:
+    """A cleaner has removed it, or another milter has made its own there; in order again, nothing is said."""
+    path = pathlib.Path(postfix.socketname)
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as keeper, socket.socket(socket.AF_UNIX) as other:
+        keeper.bind(str(path))
+        keeper.listen()
+        assert not [line for line in check().lines if line.startswith(f"warn  {path}")]
+        path.unlink()
+        if instead.startswith("another's"):
+            other.bind(str(path))
+            other.listen()
+        if instead.endswith("ended"):
+            other.close()
+        found = check()
+        assert "is not the socket any more" in found.line(str(path)) and "systemctl stop" in found.cure(str(path))
+    path.unlink(missing_ok=True)
+    assert not [line for line in check().lines if line.startswith(f"warn  {path}")]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import pwd
 import re
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -252,6 +253,7 @@ def test_the_unit_starts_before_the_mta_and_again_unless_stopped_or_wrongly_set(
                 # 0 does not switch journald's limit off
                 "LogRateLimitIntervalSec": "30s", "LogRateLimitBurst": "1000000"}
     assert {key: unit[key][0] for key in expected} == expected
+    assert ms.STOP_SECONDS + 2 < int(unit["TimeoutStopSec"][0].rstrip("s")) < 90  # systemd's default
     assert unit["ExecReload"][1:] == ["/bin/kill -HUP $MAINPID"]
     assert {"postfix.service", "postfix@-.service", "sendmail.service"} <= set(unit["Before"][0].split())
     default = re.search(r'^run_as_user = "(\w+)"', mta.SCRIPT.read_text(), re.M)[1]
@@ -325,3 +327,50 @@ def test_systemd_is_told_that_it_is_ready_by_the_main_process_once_the_socket_is
             assert (data.split(b"\n")[0], struct.unpack("3i", ancillary[0][2])[0]) == (b"READY=1", milter.pid)
         finally:
             assert milter.stop() == 0  # so that a stop is no failure
+
+
+def test_when_journald_is_there_again_it_has_the_lines(
+        root: None, make_milter: Callable[..., mta.Milter], tmp_path: pathlib.Path) -> None:
+    """The stream that systemd gave the milter ends with journald. In between lines are lost, and mail is not."""
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:-2]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    journald, stream = socket.socketpair()
+    status = os.fstat(stream.fileno())
+    milter = make_milter(prefix=["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /run && mkdir -p "
+                                 f'/run/systemd/journal && mount --bind {tmp_path} /run/systemd/journal && exec "$@"',
+                                 "sh"], env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    milter.process = subprocess.Popen(milter.command, stdin=subprocess.DEVNULL, stderr=stream, **milter.options)
+    stream.close()
+    lines = journald.makefile("rb")
+    assert any(line.startswith(b"<6>listening on ") for line in lines)
+    lines.close()
+    journald.close()
+    for queue_id in "4ZNOBODY", "4ZLISTENS":
+        with mta.Wire(milter.socketname) as wire:
+            wire.connect()
+            assert wire.message(queue_id=queue_id)[-1] == ("continue",)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as again, mta.Wire(milter.socketname) as wire:
+        again.bind(str(tmp_path / "socket"))
+        (tmp_path / "socket").chmod(0o666)
+        again.settimeout(20)
+        wire.connect()
+        assert wire.message(queue_id="4ZHEARD")[-1] == ("continue",)
+        fields = dict(line.split("=", 1) for line in again.recv(65536).decode().splitlines())
+    assert fields.pop("MESSAGE").startswith("4ZHEARD: client=? ")
+    assert fields == {"PRIORITY": "6", "SYSLOG_FACILITY": "2", "SYSLOG_IDENTIFIER": "milter_sysuser"}
+    assert milter.stop() == 0
+
+
+def test_a_log_pipe_whose_reader_has_gone_is_harmless(root: None, make_milter: Callable[..., mta.Milter]) -> None:
+    """Mail is tagged or passed as before, and the milter ends as it is told."""
+    reader, writer = os.pipe()
+    milter = make_milter()
+    milter.process = subprocess.Popen(milter.command, stdin=subprocess.DEVNULL, stderr=writer, **milter.options)
+    os.close(writer)
+    with open(reader, "rb") as lines:
+        assert any(b" INFO listening on " in line for line in lines)
+    with mta.Wire(milter.socketname) as wire:
+        wire.connect()
+        assert wire.message()[-1] == ("continue",)
+    assert milter.stop() == 0

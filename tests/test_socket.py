@@ -237,6 +237,42 @@ def test_a_descriptor_that_is_no_listening_unix_socket_is_one_sentence(make: Cal
         given.close()
 
 
+def test_at_start_it_says_that_the_sockets_file_is_gone(manager: Manager) -> None:
+    """A cleaner has removed it: only the service manager can make it again, and mail passes meanwhile."""
+    assert not manager.start().lines("WARNING")
+    manager.milters[-1].kill()
+    os.unlink(manager.path)
+    (line,) = manager.start().wait_lines("WARNING")
+    assert f"{manager.path} is not the service manager's socket any more" in line
+    assert "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser" in line
+
+
+# Stands before libmilter's own, which it finds by its path.
+REFUSE = r"""
+#include <dlfcn.h>
+#include <string.h>
+int smfi_setconn(char *conn) {
+    int (*real)(char *) = dlsym(dlopen(LIBMILTER, RTLD_LAZY), "smfi_setconn");
+    return strncmp(conn, "fd:", 3) == 0 ? -1 : real(conn);
+}
+"""
+
+
+def test_a_libmilter_that_takes_no_descriptor_serves_the_service_managers_socket(
+        manager: Manager, tmp_path: pathlib.Path) -> None:
+    """As all but Debian's: RHEL's, or one's own."""
+    library = tmp_path / "refuse.so"
+    module = subprocess.run([mta.PYTHON, "-c", "import milter; print(milter.__file__)"], capture_output=True, text=True)
+    linked = subprocess.run(["ldd", module.stdout.strip()], capture_output=True, text=True, check=True).stdout
+    path = re.search(r"libmilter\S* => (\S+)", linked)[1]
+    subprocess.run(["gcc", "-shared", "-fPIC", f'-DLIBMILTER="{path}"', "-o", library, "-xc", "-"],
+                   input=REFUSE, text=True, check=True)
+    milter = manager.start(env={"LD_PRELOAD": str(library)})
+    with mta.Wire(manager.path) as wire:
+        assert wire.connect("192.0.2.9", 1) == [("continue",)]
+    assert milter.stop() == 0 and os.path.exists(manager.path) and not milter.lines("WARNING")
+
+
 # --- a start that fails -----------------------------------------------------------------------------------------
 
 def refuse_in_time(manager: Manager, milter: mta.Milter) -> float:
@@ -550,6 +586,30 @@ def counted(request: pytest.FixtureRequest) -> Iterator[dict[str, Kills]]:
                             f"{kills.open_then:10} {kills.untagged:12} {kills.waited:6} {kills.down:6.2f}"]))
 
 
+class Polite(NamedTuple):
+    """What became of the messages of a load while the milter was told to end, and started, again and again."""
+
+    row: Row
+    restarts: int
+    unserved: int  # sessions that did not find the socket
+    median: float  # seconds from the signal to its end
+    longest: float
+
+
+@pytest.fixture(scope="module")
+def polite(request: pytest.FixtureRequest) -> Iterator[dict[str, Polite]]:
+    """Collect the counts of the loads with polite restarts, and show them at the end."""
+    found: dict[str, Polite] = {}
+    yield found
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        names = ("sent", "tagged", "unnamed", "untagged", "wrong", "lost", "doubled")
+        print("\n\n" + " ".join([f"{'told to end':20}", "restarts", *(f"{name:>9}" for name in names),
+                                 " unserved  median/s longest/s"]))
+        for name, ends in found.items():
+            print(" ".join([f"{name:20}", f"{ends.restarts:8}", *(f"{getattr(ends.row, name):9}" for name in names),
+                            f"{ends.unserved:9} {ends.median:9.3f} {ends.longest:9.3f}"]))
+
+
 def test_no_message_passes_untagged_while_the_milter_is_restarted(loaded: mta.Postfix, counted: dict[str, Kills],
                                                                   long: bool) -> None:
     """But those whose session a killed milter had: one message each, whose connection was open at the kill.
@@ -580,6 +640,41 @@ def test_no_message_passes_untagged_while_the_milter_is_restarted(loaded: mta.Po
     assert_all_well(kills.row)
     assert kills.untagged == 0 and kills.row.unnamed == 0, kills
     assert kills.waited > 0, kills
+
+
+@BOTH
+def test_a_polite_restart_loses_no_session(handed_over: bool, senders: None, polite: dict[str, Polite],  # noqa: F811
+                                           long: bool) -> None:
+    """Told to end again and again under load. Nothing at all passes untagged where the service manager has the socket.
+
+    Where the milter's own is gone meanwhile, that passes, untagged, which does not find it.
+    """
+    with mta.Postfix() as postfix:
+        manager = Manager(postfix) if handed_over else None
+        milter, load = manager.start() if manager else mta.Milter(postfix).start(), None
+        seconds = []
+        try:
+            load = Load(postfix)
+            for number in [signal.SIGTERM, signal.SIGHUP] * (30 if long else 3):
+                load.wait()
+                starts = len(milter.lines("listening on"))
+                began = time.monotonic()
+                milter.process.send_signal(number)
+                assert milter.process.wait(20) == (0 if number == signal.SIGTERM else 75)
+                seconds.append(time.monotonic() - began)
+                milter.start(wait=False).wait_lines("listening on", starts + 1, 20)
+            load.wait()
+            row = load.finish()
+        finally:
+            if load:
+                load.stop()
+            manager.stop() if manager else milter.kill()
+        unserved = postfix.log().count("connect to Milter service")
+        polite["socket handed over" if handed_over else "socket of its own"] = Polite(
+            row, len(seconds), unserved, statistics.median(seconds), max(seconds))
+        assert_all_well(row)
+        assert row.unnamed == 0 and row.untagged == unserved and not (handed_over and unserved), (row, unserved)
+        assert "can't read" not in postfix.log() and not milter.lines("WARNING") and not milter.lines("ERROR")
 
 
 def test_without_the_service_managers_socket_mail_passes_untagged_meanwhile(
