@@ -255,7 +255,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
-        self.headers = 0
+        self.commands, self.headers = 0, 0
         self.forged: list[str] = []
         self.hidden = False  # whether a header of our name stands behind a bare CR
 
@@ -308,6 +308,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
         self.try_to_confirm()
+        return self.answer()
+
+    def answer(self) -> int:
+        """Go on; at each hundredth command make room, since the client may leave no pause between them."""
+        self.commands += 1
+        if self.commands % 100 == 0:
+            make_room()
         return int(Milter.CONTINUE)
 
     def try_to_confirm(self) -> None:
@@ -321,11 +328,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.sender, self.recipients, self.queue_id = sender, 0, None
         self.headers, self.forged, self.hidden, self.account = 0, [], False, None
         self.try_to_confirm()
-        return int(Milter.CONTINUE)
+        return self.answer()
 
     # The MTA waits for the answer to a recipient and to a header. Did it not, a client could let it
-    # write half a command, or have the next one ready for as long as he likes; libmilter's thread
-    # would stay with him, and with it whoever else libmilter had given to this thread.
+    # write half a command, or have the next one there for as long as he likes; see make_room.
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
@@ -333,7 +339,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             if "pid" not in self.facts:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid)
-        return int(Milter.CONTINUE)
+        return self.answer()
 
     @noreply  # type: ignore[untyped-decorator]
     def data(self) -> int:
@@ -520,6 +526,28 @@ class SysuserMilter(Base):  # type: ignore[misc]
         for key, account in ("maybe", sender.maybe), ("holder", sender.holder):
             pairs += [(key, account.name or account.uid)] if account else []
         say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
+
+
+def make_room() -> None:
+    """Have libmilter start another thread. To be called by a session that may keep its own for long.
+
+    Where libmilter has a pool of threads (worker.c, in Debian's build), it can give several sessions
+    to one thread that is still idle. The thread takes one, and stays with it while it has a command;
+    the others wait until any thread looks for work, which one does that was started for a new
+    connection, be it closed at once.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        probe.connect(listening_path())
+
+
+@functools.lru_cache(maxsize=1)
+def listening_path() -> str:
+    """Give the path of the socket that libmilter listens on; OSError."""
+    if not handed_over():
+        return socketname
+    with socket.socket(fileno=os.dup(HANDED_OVER)) as given:
+        return str(given.getsockname())
 
 
 THIS_THREAD = threading.local()
@@ -1094,6 +1122,7 @@ class Directory:
                 self.asked[question] = threading.Event()
                 self.questions.put((question, state))
             event = self.asked[question]
+        make_room()
         in_time = event.wait(wait if is_first or not fresh else 0.0)
         if not in_time and not fresh and question[0] is look_up_account:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
@@ -1518,8 +1547,10 @@ class Describer:
 
     def _ask_helper(self, kind: int, uid: int, inode: int, cgroup: int) -> Facts:
         deadline = time.monotonic() + HELPER_SECONDS
-        if not self.lock.acquire(timeout=HELPER_SECONDS):
-            return {"why": "busy"}
+        if not self.lock.acquire(blocking=False):
+            make_room()
+            if not self.lock.acquire(timeout=HELPER_SECONDS):
+                return {"why": "busy"}
         try:
             channel = self.channel
             if channel is None:
@@ -1577,6 +1608,7 @@ class Describer:
         if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another holder may be among those left out
             return {"why": "busy"}
         arguments, deadline = lsof_arguments(list(processes)[:LSOF_PIDS]), time.monotonic() + LSOF_SECONDS
+        make_room()
         lsof = self._start_lsof(arguments)
         # While the last call that was started may still end in time, there may be a place.
         while lsof is None and time.monotonic() < min(deadline, self.started + LSOF_SECONDS):
