@@ -185,26 +185,9 @@ MOST_REMEMBERED = 10_000  # entries in each memory; the longest unused is forgot
 MOST_FILE_BYTES, MOST_WARNED = 1 << 20, 1000  # of a list of users; entries to look up for a warning
 MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
 
-# linux/netlink.h, sock_diag.h, inet_diag.h, rtnetlink.h, tcp.h; net/tcp_states.h, net/flow.h
-NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
-NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
-INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
-RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
-TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, since Linux 4.1, 4.19
-# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
-STATES = {1, 4, 5, 8, 9, 11}
-ESTABLISHED, FIN_WAIT2 = 1, 5
-STATES_MASK = sum(1 << state for state in STATES)
-FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
-LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
-# What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
-NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
-            errno.EAFNOSUPPORT}
 # linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h, in.h, in6.h; asm-generic/unistd.h
 SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
-# user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
-OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
 # linux/capability.h, prctl.h, exportfs.h; malloc.h of glibc
 CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 2, 19
 CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
@@ -248,7 +231,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def begin(self) -> None:
         """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
-        self.owner: Optional[ClientSocket] = ClientSocket(None, "error")  # None: not on this host
+        self.owner = unknown("error")
         self.claimed: Any = None  # the cookie of the MTA's end
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
@@ -277,13 +260,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.close()  # a session whose client is announced once more begins anew
         self.begin()
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
-            self.owner = None  # the MTA's own emulation, for mail from sendmail(1)
+            self.owner = REMOTE  # the MTA's own emulation, for mail from sendmail(1)
         elif hostaddr is None:
-            self.owner = ClientSocket(None, "closed")  # gone before the MTA asked for its address
+            self.owner = unknown("closed")  # gone before the MTA asked for its address
         else:
             self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
             self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
-        if self.owner and self.owner.uid is not None:
+        if self.owner.uid is not None:
             self.claimed = self.owner.cookie
             with self.claims_lock:
                 self.rivals = self.claims.get(self.claimed, [])
@@ -292,8 +275,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 self.claims[self.claimed] = self.rivals + [self]
         return int(Milter.CONTINUE)
 
-    def find_owner(self, client: Endpoint) -> Optional[ClientSocket]:
-        """Find the client's socket; None if it is not on this host."""
+    def find_owner(self, client: Endpoint) -> ClientSocket:
+        """Find the client's socket."""
         try:
             port = int(self.getsymval("{daemon_port}") or 0)
             server = endpoint(self.getsymval("{daemon_addr}") or "", port)
@@ -303,7 +286,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return self.lookup.find_client_socket(client, server)
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
-            return ClientSocket(None, "error")
+            return unknown("error")
 
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
@@ -319,7 +302,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def try_to_confirm(self) -> None:
         """Confirm the owner if that can be done now; at the end it is tried again."""
-        if self.owner and self.owner.uid is not None:
+        if self.owner.uid is not None:
             with contextlib.suppress(OSError, psutil.Error):
                 self.confirm(self.owner)
 
@@ -335,7 +318,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
-        if self.account is None and self.owner and self.owner.uid is not None:
+        if self.account is None and self.owner.uid is not None:
             if "pid" not in self.facts:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid)
@@ -441,8 +424,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def identify(self) -> Sender:
         """Say who sent the message; or why that is not known, and who it may have been."""
         owner = self.owner
-        if owner is None or owner.uid is None:
-            return Sender(None, owner.why if owner else "")
+        if owner.uid is None:
+            return Sender(None, "" if owner is REMOTE else owner.why)
         facts = self.facts
         account = self.account or self.directory.account(owner.uid)
         other = None
@@ -470,7 +453,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         refused = self.refusal_of_headers()
         if refused:
             return refused
-        if self.owner is None:
+        if self.owner is REMOTE:
             return Verdict("pass")
         blocked, allowed = self.blocked.now(), self.allowed.now() if self.allowed else None
         for suspect in sender.suspects():
@@ -486,7 +469,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def judge_by_memory(self) -> Verdict:
         """Say what becomes of a message where "judge" failed: no fault of ours lets a blocked user pass."""
         refused = self.refusal_of_headers()
-        if self.owner and not refused and self.owner.uid is not None:
+        if not refused and self.owner.uid is not None:
             suspect = self.account or Account(self.owner.uid, self.owner.uid)
             allowed = self.allowed.entries if self.allowed else None
             refused = refusal_of(suspect, self.blocked.entries, allowed)
@@ -511,14 +494,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.quarantine(verdict.text)
         for index in range(len(self.forged), 0, -1):
             self.chgheader(self.forged[index - 1], index, "")
-        if self.owner and header_fields:
+        if self.owner is not REMOTE and header_fields:
             words = key_values(sender.values(header_fields))
             self.addheader(header_name, fold(words, len(header_name) + 2))
 
     def write_log(self, verdict: Verdict, sender: Sender) -> None:
         """Write the message's one line."""
         pairs: list[tuple[str, Any]] = [("client", self.client)]
-        pairs += sender.values(log_fields) if self.owner else []
+        pairs += sender.values(log_fields) if self.owner is not REMOTE else []
         pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients)]
         pairs += [("action", verdict.action)]
         pairs += [("reason", verdict.reason)] if verdict.reason else []
@@ -585,9 +568,17 @@ class ClientSocket(NamedTuple):
     cookie: Any = None  # of the MTA's end, which is one connection's and no other's; see Diag
     client: Endpoint = Endpoint(b"", 0)
     mta_end: Endpoint = Endpoint(b"", 0)
-    interface: int = 0  # the index under which the kernel found it
+    interface: int = 0  # the index of the device that the MTA's end is bound to; 0: none
     mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
+
+
+REMOTE = ClientSocket(None, "remote")  # what the client of another host has, or no client at all
+
+
+def unknown(why: str) -> ClientSocket:
+    """Stand for a socket of this host whose owner is not known; why: one word."""
+    return ClientSocket(None, why)
 
 
 class Account(NamedTuple):
@@ -723,6 +714,18 @@ def complain(text: str, *details: str, level: int = ERROR) -> bool:
 
 
 # --------------------------------------------------------------------- lookup: whose a connection is
+# linux/netlink.h, sock_diag.h, rtnetlink.h; net/flow.h
+NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
+NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
+RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
+LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
+NETLINK_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: size, kind, flags, number, port
+FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
+# What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
+NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
+            errno.EAFNOSUPPORT}
+
+
 class Diag(NamedTuple):
     """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
 
@@ -736,7 +739,7 @@ class Diag(NamedTuple):
     read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
     received: int  # 0 before Linux 4.1
     sent: int  # 0 before Linux 4.19
-    interface: int  # the index under which it was asked for
+    interface: int  # the index of the device that it is bound to; 0: none
 
 
 def endpoint(address: str, port: int) -> Endpoint:
@@ -751,10 +754,6 @@ def packed(address: str) -> bytes:
     return (getattr(ip, "ipv4_mapped", None) or ip).packed
 
 
-DIAG_TAIL = struct.Struct("=QIIIII")  # of struct inet_diag_msg, from the cookie on
-ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
-
-
 class KernelLookup:
     """Ask the kernel through netlink: sock_diag(7), and rtnetlink(7) for what is local.
 
@@ -764,26 +763,24 @@ class KernelLookup:
 
     name = "sock_diag"
 
-    def __init__(self, dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
-        """Open the sockets; dialled: says what a redirected client dialled, or why not."""
-        self.dialled, self.lock, self.number = dialled, threading.Lock(), 0
-        self.buffer = ctypes.create_string_buffer(8192)
+    def __init__(self, what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
+        """Open the sockets; what_was_dialled: by a redirected client, or why that is not known."""
+        self.what_was_dialled, self.lock, self.number = what_was_dialled, threading.Lock(), 0
+        self.buffer = ctypes.create_string_buffer(32768)
         self.sock_diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
         self.rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
 
-    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
-        """Say whose the client's end is; None if the client is not on this host.
+    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
+        """Say whose the client's end is.
 
         server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
         """
-        if not is_whole(server):
-            sockets = dump_sockets(server.port if server else 0, client.port)
-            server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+        server = self.whole(server, client)
         client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
-            return None
+            return REMOTE
         if server is None:
-            return ClientSocket(None, "closed")
+            return unknown("closed")
         client_end = client_end or self.find_on_any_device(client, server)
         if client_end is None:
             return self.find_redirected(client, server)
@@ -799,15 +796,19 @@ class KernelLookup:
         """
         mta_end = self.find(server, client)
         if mta_end is None or not mta_end.inode:
-            return ClientSocket(None, "closed")
-        dialled = self.dialled(mta_end)
+            return unknown("closed")
+        dialled = self.what_was_dialled(mta_end)
         if isinstance(dialled, str):
-            return ClientSocket(None, dialled)
-        client_end = self.find_on_any_device(client, dialled)
-        uids = uids_that_dialled(dialled, mta_end.sent)
+            return unknown(dialled)
+        client_end, uids = None, set()
+        for diag in self.dump(0, dialled.port):
+            if diag.destination == dialled:
+                client_end = diag if diag.source == client else client_end
+                if diag.received <= mta_end.sent and (diag.inode or diag.state != FIN_WAIT2):
+                    uids.add(diag.uid)
         now = self.find(server, client)
         if client_end is None or now is None or now.state != ESTABLISHED:
-            return ClientSocket(None, "closed")
+            return unknown("closed")
         return client_socket(client_end, mta_end if uids == {client_end.uid} else None)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
@@ -815,74 +816,95 @@ class KernelLookup:
         mta_end = self.find(owner.mta_end, owner.client, owner.interface)
         return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
 
-    def find(self, source: Endpoint, destination: Endpoint, interface: int = LOOPBACK) -> Optional[Diag]:
+    def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
+        """Give the MTA's end, found by its peer where the MTA does not say all of it; None: not found."""
+        if is_whole(server):
+            return server
+        sockets = self.dump(server.port if server else 0, client.port)
+        return server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+
+    def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
         """Ask for one socket by both ends; None if there is none.
 
         One that is bound to a device is found under its index only, any other under each.
         """
-        question = diag_request(source, destination, interface)
+        question = diag_request(source, destination, interface or LOOPBACK)
         try:
-            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question), interface)
+            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question)[0])
         except FileNotFoundError:
             return None
         found = diag.source, diag.destination, diag.state in STATES
         return diag if found == (source, destination, True) else None  # it may offer a listener
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
-        """Ask for one socket whatever device it is bound to; None if there is none."""
-        for interface, _ in socket.if_nameindex():
-            diag = self.find(source, destination, interface)
-            if diag:
-                return diag
-        return None
+        """Look for one socket by both ends among all; None if there is none, or several.
+
+        "find" gives one at most of those with the same ends that are bound to different devices,
+        or to none: to hide another, its state may be one that does not count.
+        """
+        found = [diag for diag in self.dump(source.port, destination.port)
+                 if (diag.source, diag.destination) == (source, destination)]
+        return found[0] if len(found) == 1 else None
+
+    def dump(self, source_port: int, destination_port: int) -> list[Diag]:
+        """List the TCP sockets with these ports (0: any) whose state counts; takes milliseconds."""
+        found: list[Diag] = []
+        for address in b"\0" * 4, b"\0" * 16:
+            question = diag_request(Endpoint(address, source_port), Endpoint(address, destination_port), 0)
+            found += map(read_diag, self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question, NLM_F_DUMP))
+        return found
 
     def is_local(self, address: bytes) -> bool:
         """Tell whether the routing table has an address as this host's own; OSError."""
         question = struct.pack("=BB10xHH", FAMILIES[len(address)], 8 * len(address), 4 + len(address), RTA_DST)
         try:
-            route = self.ask(self.rtnetlink, RTM_GETROUTE, question + address)
+            route = self.ask(self.rtnetlink, RTM_GETROUTE, question + address)[0]
         except OSError as error:
             if error.errno in NO_ROUTE:
                 return False
             raise
         return route[7] in (RTN_LOCAL, RTN_ANYCAST)  # rtm_type of struct rtmsg
 
-    def ask(self, netlink: socket.socket, kind: int, question: bytes) -> bytes:
-        """Send one request and give the body of its answer; OSError as the kernel gives it.
+    def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
+        """Send one request and give the body of its answer, or of each for NLM_F_DUMP; OSError as the kernel's.
 
         It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
         returns, and to give the lock up costs several times as much under load.
         """
+        bodies = []
         with self.lock:
             self.number = number = (self.number + 1) & 0xFFFFFFFF
-            request = netlink_message(kind, NLM_F_REQUEST, number, question)
-            checked(LIBC.send(netlink.fileno(), request, len(request), 0))
-            answered = None
-            while answered != number:  # another is left from a question that failed
+            size = NETLINK_HEADER.size + len(question)
+            request = NETLINK_HEADER.pack(size, kind, NLM_F_REQUEST | flags, number, 0) + question
+            checked(LIBC.send(netlink.fileno(), request, size, 0))
+            while flags or not bodies:
                 size = checked(LIBC.recv(netlink.fileno(), self.buffer, len(self.buffer), socket.MSG_DONTWAIT))
-                answer = ctypes.string_at(self.buffer, size)
-                _, kind, _, answered = struct.unpack_from("=IHHI", answer)
-        return netlink_body(kind, answer[16:])
+                answers = ctypes.string_at(self.buffer, size)
+                while answers:
+                    size, kind, _, answered, _ = NETLINK_HEADER.unpack_from(answers)
+                    body, answers = answers[NETLINK_HEADER.size:size], answers[max(16, (size + 3) & ~3):]
+                    if answered != number:  # left from a question that failed
+                        continue
+                    code = -struct.unpack_from("=i", body)[0] if kind in (NLMSG_ERROR, NLMSG_DONE) else 0
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    if kind == NLMSG_DONE:
+                        return bodies
+                    bodies.append(body)
+        return bodies
 
 
 def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
-    """Put together what the kernel says of both ends; an owner that cannot be known is None."""
+    """Put together what the kernel says of both ends, unless the owner cannot be known from it."""
     if not client_end.uid and not client_end.inode:
-        return ClientSocket(None, "closed")  # an orphan: the kernel has forgotten whose it was
+        return unknown("closed")  # an orphan: the kernel has forgotten whose it was
     if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
-        return ClientSocket(None, "error")
+        return unknown("error")
     if mta_end is None or not mta_end.inode:
         # The MTA asks about an accepted connection. This end has no inode, so it is of a later one.
-        return ClientSocket(None, "reused")
+        return unknown("reused")
     return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
-
-
-def uids_that_dialled(server: Endpoint, most: int) -> set[int]:
-    """Give whose sockets have dialled a server and received no more bytes than that."""
-    dialled = [diag for diag in dump_sockets(0, server.port)
-               if diag.destination == server and diag.received <= most]
-    return {diag.uid for diag in dialled if diag.inode or diag.state != FIN_WAIT2}
 
 
 def is_whole(end: Optional[Endpoint]) -> bool:
@@ -896,37 +918,6 @@ def server_end(client: Endpoint, sockets: Iterable[tuple[Endpoint, Endpoint]]) -
     return ends.pop() if len(ends) == 1 else None
 
 
-def dump_sockets(source_port: int, destination_port: int) -> list[Diag]:
-    """List the TCP sockets with these ports (0: any); takes milliseconds."""
-    found: list[Diag] = []
-    for address in b"\0" * 4, b"\0" * 16:
-        question = diag_request(Endpoint(address, source_port), Endpoint(address, destination_port), 0)
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-            netlink.send(netlink_message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 0, question))
-            kind = 0
-            while kind != NLMSG_DONE:
-                data = netlink.recv(32768)
-                while data:
-                    size, kind = struct.unpack_from("=IH", data)
-                    body = netlink_body(kind, data[16:size])
-                    found += [] if kind == NLMSG_DONE else [read_diag(body)]
-                    data = data[max(16, (size + 3) & ~3):]
-    return found
-
-
-def netlink_message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    """Put the header before a message (struct nlmsghdr)."""
-    return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body
-
-
-def netlink_body(kind: int, body: bytes) -> bytes:
-    """Pass on the body of a message; OSError (FileNotFoundError: no such socket) if it is an error."""
-    code = -struct.unpack_from("=i", body)[0] if kind in (NLMSG_ERROR, NLMSG_DONE) else 0
-    if code:
-        raise OSError(code, os.strerror(code))
-    return body
-
-
 def checked(result: int) -> int:
     """Pass on what a C function returned; OSError if it failed."""
     if result < 0:
@@ -934,32 +925,43 @@ def checked(result: int) -> int:
     return result
 
 
+# linux/inet_diag.h, tcp.h; net/tcp_states.h
+INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
+# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
+STATES = {1, 4, 5, 8, 9, 11}
+ESTABLISHED, FIN_WAIT2 = 1, 5
+STATES_MASK = sum(1 << state for state in STATES)
+# struct inet_diag_req_v2: family, protocol, attributes, states, ports, addresses, device, cookie
+DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
+# struct inet_diag_msg: family, state, ports, addresses, device, cookie, bytes not read, uid, inode
+DIAG = struct.Struct("=BB2x2s2s16s16sIQ4xI4xII")
+ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
+TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Linux 4.1), sent (4.19)
+
+
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
-    """Build a struct inet_diag_req_v2 for one socket, given by both ends."""
-    return struct.pack("=BBBBI2s2s16s16sIQ", FAMILIES[len(source.address)], socket.IPPROTO_TCP,
-                       1 << (INET_DIAG_INFO - 1), 0, STATES_MASK, source.port.to_bytes(2, "big"),
-                       destination.port.to_bytes(2, "big"), source.address, destination.address,
-                       interface, ANY_COOKIE)
+    """Build a question for one socket, given by both ends."""
+    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), STATES_MASK,
+                             source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+                             source.address, destination.address, interface, ANY_COOKIE)
 
 
-def read_diag(body: bytes, interface: int = 0) -> Diag:
-    """Read one struct inet_diag_msg with its attributes; OSError if it is cut short."""
-    if len(body) < 72:
+def read_diag(body: bytes) -> Diag:
+    """Read one answer with its attributes; OSError if it is cut short."""
+    if len(body) < DIAG.size:
         raise OSError(0, "sock_diag gave a message that is cut short")
-    source = diag_end(body[0], body[4:6], body[8:24])
-    destination = diag_end(body[0], body[6:8], body[24:40])
-    cookie, _, unread, _, uid, inode = DIAG_TAIL.unpack_from(body, 44)
-    attributes, at = {}, 72
+    family, state, near_port, far_port, near, far, interface, cookie, unread, uid, inode = DIAG.unpack_from(body)
+    cgroup, info, at = 0, b"", DIAG.size
     while at + 4 <= len(body):
         size, kind = ATTRIBUTE.unpack_from(body, at)
-        attributes[kind] = body[at + 4:at + size]
+        if kind == INET_DIAG_CGROUP_ID:
+            cgroup = int.from_bytes(body[at + 4:at + size], sys.byteorder)
+        elif kind == INET_DIAG_INFO:
+            info = body[at + 4:at + size]
         at += max((size + 3) & ~3, 4)
-    cgroup = int.from_bytes(attributes.get(INET_DIAG_CGROUP_ID, b""), sys.byteorder)
-    info = attributes.get(INET_DIAG_INFO, b"")
-    received = int.from_bytes(info[TCPI_BYTES_RECEIVED:TCPI_BYTES_RECEIVED + 8], sys.byteorder)
-    sent = int.from_bytes(info[TCPI_BYTES_SENT:TCPI_BYTES_SENT + 8], sys.byteorder)
-    read = max(0, received - unread)
-    return Diag(body[1], source, destination, uid, inode, cookie, cgroup, read, received, sent, interface)
+    received, sent = TCP_INFO.unpack_from(info.ljust(TCP_INFO.size, b"\0"))
+    return Diag(state, diag_end(family, near_port, near), diag_end(family, far_port, far), uid, inode, cookie,
+                cgroup, max(0, received - unread), received, sent, interface)
 
 
 def diag_end(family: int, port: bytes, address: bytes) -> Endpoint:
@@ -976,25 +978,24 @@ class PsutilLookup:
 
     name = "psutil (holders, not owners)"
 
-    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
-        """Say who has the client's end; None if it is not on this host; psutil.Error, OSError."""
+    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
+        """Say who has the client's end; psutil.Error, OSError."""
         found = {(endpoint(*one.laddr), endpoint(*one.raddr)): one.pid
                  for one in psutil.net_connections("tcp") if one.raddr}
         server = server if is_whole(server) else server_end(client, found)
         if (client, server) not in found:
             local = ipaddress.ip_address(client.address) in own_addresses()
-            return ClientSocket(None, "closed") if local or client.address[:1] == b"\x7f" else None
+            return unknown("closed") if local or client.address[:1] == b"\x7f" else REMOTE
         pid = found[client, cast(Endpoint, server)]
         if pid is None:  # psutil.Process(None) would be this process
-            return ClientSocket(None, "not-permitted")
+            return unknown("not-permitted")
         holder = psutil.Process(pid)
         return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
                             mta_end=cast(Endpoint, server), process=holder)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Look for the holder once more. What the MTA has read is not known: it counts as more."""
-        again = self.find_client_socket(owner.client, owner.mta_end)
-        return again.cookie if again else None, owner.mta_bytes_read + 1
+        return self.find_client_socket(owner.client, owner.mta_end).cookie, owner.mta_bytes_read + 1
 
 
 Lookup = Union[KernelLookup, PsutilLookup]
@@ -1007,27 +1008,40 @@ def own_addresses() -> set[Any]:
             if one.family in (socket.AF_INET, socket.AF_INET6)}
 
 
-def choose_lookup(dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
+def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
     """Try the kernel on a connection of our own; give what works, and what is wrong, or "".
 
-    Raises OSError if there can be no connection.
+    Where users have taken every port, the kernel is believed untried: they could keep the milter
+    from starting. Raises OSError if there can be no connection for another reason.
     """
     if not LINUX:
         return PsutilLookup(), "there is no sock_diag here"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as connection:
-            client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
+    try:
+        lookup = KernelLookup(what_was_dialled)
+        lookup.dump(1, 1)
+        local = lookup.is_local(packed("127.0.0.1"))
+    except FileNotFoundError:
+        return PsutilLookup(), "sock_diag does not know TCP (is the tcp_diag module there?)"
+    except OSError as error:
+        return PsutilLookup(), f"sock_diag: {error.strerror}"
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as connection:
+            diag = lookup.find(endpoint(*connection.getsockname()), endpoint(*connection.getpeername()))
             expected = os.geteuid(), os.fstat(connection.fileno()).st_ino
-            try:
-                lookup = KernelLookup(dialled)
-                diag, local = lookup.find(client, server), lookup.is_local(client.address)
-            except OSError as error:
-                return PsutilLookup(), f"sock_diag: {error.strerror}"
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            return lookup, f"sock_diag could not be tried, all ports are taken: {error.strerror}"
+        raise
     if diag is None:
-        return PsutilLookup(), "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+        return PsutilLookup(), "sock_diag does not find a connection that exists"
     if (diag.uid, diag.inode, local) != (*expected, True):
         return PsutilLookup(), "sock_diag and rtnetlink are wrong about a connection of our own"
     return lookup, ""
+
+
+# user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
+OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
@@ -1538,7 +1552,7 @@ class Describer:
             complain("a process could not be described", str(error))
             return {"why": "error"}
 
-    def dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
+    def what_was_dialled(self, mta_end: Diag) -> Union[Endpoint, str]:
         """Say what the client of the MTA's end dialled before NAT redirected it; or why not."""
         facts = self._ask_helper(WHAT_WAS_DIALLED, mta_end.uid, mta_end.inode, mta_end.cgroup)
         if "address" in facts:
@@ -2364,9 +2378,9 @@ def may_be_local(hosts: str) -> bool:
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Try each way of looking up, in the uid the milter will have, on another user's connection."""
     lookup, problem = choose_lookup(lambda mta_end: "redirected")
-    problem = too_few_uids() or problem
-    report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
-    if problem:
+    useless = too_few_uids() or not isinstance(lookup, KernelLookup)
+    report("users: the kernel (sock_diag)", too_few_uids() or problem, KERNEL_CURE, bool(useless))
+    if useless:
         return
     assert isinstance(lookup, KernelLookup)
     made = os.geteuid() == 0
@@ -2409,11 +2423,11 @@ def check_owner(lookup: KernelLookup, stranger: Stranger, made: bool) -> Optiona
         began = time.perf_counter()
         owner = lookup.find_client_socket(*stranger[:2])
         took = (time.perf_counter() - began) * 1e6
-        if owner and owner.uid == stranger[2]:
+        if owner.uid == stranger[2]:
             report(f"users: another user's connection, {took:.0f} us")
             return owner
         stranger = (None if made else connection_found(lookup)) or stranger
-    found = (owner.why or "wrong uid") if owner else "taken for another host's"
+    found = "taken for another host's" if owner is REMOTE else owner.why or "wrong uid"
     report("users: another user's connection", f"not found ({found})",
            "run this again; in a unit or container, give it the host's network and users", fatal=made)
     return None
@@ -2442,7 +2456,7 @@ def why_no_lsof() -> str:
 
 def connection_found(lookup: KernelLookup) -> Stranger:
     """Give a connection that another user has to this host; None if there is none."""
-    for diag in dump_sockets(0, 0):
+    for diag in lookup.dump(0, 0):
         other = diag.inode and diag.uid not in (0, os.geteuid())
         if other and lookup.find(diag.destination, diag.source):
             return diag.source, diag.destination, diag.uid
@@ -2595,14 +2609,15 @@ def run() -> NoReturn:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     problem = start_problem()
     try:
-        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.dialled(mta_end))
+        lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
         problem = problem or f"a connection to 127.0.0.1, to try sock_diag on: {error}"
     if problem:
         say(ERROR, problem)
         end(EX_FAILED)
     if lack:
-        say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
+        holders = ": psutil is used, which names the holder of a socket for its owner"
+        say(WARNING, lack + (holders if isinstance(lookup, PsutilLookup) else ""))
     if hasattr(LIBC, "mallopt"):  # glibc: else each thread has a heap of its own, and memory creeps up
         LIBC.mallopt(M_ARENA_MAX, 1)
     ways = prepare(account_by_name(run_as_user), lookup)

@@ -408,7 +408,7 @@ def test_a_kernel_that_lacks_what_it_takes_leaves_a_redirected_client_unknown(
     with describer.channel:
         for _ in range(2):
             began = time.monotonic()
-            assert describer.dialled(accepted) == "redirected"
+            assert describer.what_was_dialled(accepted) == "redirected"
             assert time.monotonic() - began < ms.HELPER_SECONDS
 
 
