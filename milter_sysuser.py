@@ -181,24 +181,6 @@ MOST_REMEMBERED = 10_000  # entries in each memory; the longest unused is forgot
 MOST_FILE_BYTES, MOST_WARNED = 1 << 20, 1000  # of a list of users; entries to look up for a warning
 MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
 
-# linux/netlink.h, sock_diag.h, inet_diag.h, rtnetlink.h, tcp.h; net/tcp_states.h, net/flow.h
-NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
-NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
-INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
-RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
-TCPI_BYTES_RECEIVED, TCPI_BYTES_SENT = 128, 200  # offsets in struct tcp_info, since Linux 4.1, 4.19
-# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
-STATES = {1, 4, 5, 8, 9, 11}
-ESTABLISHED, FIN_WAIT2 = 1, 5
-STATES_MASK = sum(1 << state for state in STATES)
-FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
-LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
-# What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
-NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
-            errno.EAFNOSUPPORT}
-# user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
-OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
-
 M_ARENA_MAX = -8  # malloc.h of glibc
 
 LINUX = sys.platform.startswith("linux")
@@ -228,6 +210,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     allowed: Optional[UserList] = None
     limits: Limits
     describer: Describer
+    path = ""  # of the socket that libmilter listens on
     queue = ""  # Postfix's queue_directory, where who called sendmail(1) is read
     # The sessions by the socket of the MTA's that each took for its own: one each, or nobody knows
     # whose a message is.
@@ -248,7 +231,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
-        self.headers = 0
+        self.commands, self.headers = 0, 0
         self.forged: list[str] = []
         self.hidden = False  # whether a header of our name stands behind a bare CR
 
@@ -295,7 +278,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         except ValueError:
             server = None
         try:
-            owner = self.lookup.find_client_socket(client, server) or REMOTE
+            owner = self.lookup.find_client_socket(client, server)
             if owner is REMOTE and container_networks:
                 owner = find_container_client(self.lookup, self.describer, client, server)
             return owner
@@ -306,6 +289,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
         self.try_to_confirm()
+        return self.answer()
+
+    def answer(self) -> int:
+        """Go on; at each hundredth command make room, since the client may leave no pause between them."""
+        self.commands += 1
+        if self.commands % 100 == 0:
+            make_room()
         return int(Milter.CONTINUE)
 
     def try_to_confirm(self) -> None:
@@ -319,11 +309,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.sender, self.recipients, self.queue_id = sender, 0, None
         self.headers, self.forged, self.hidden, self.account = 0, [], False, None
         self.try_to_confirm()
-        return int(Milter.CONTINUE)
+        return self.answer()
 
     # The MTA waits for the answer to a recipient and to a header. Did it not, a client could let it
-    # write half a command, or have the next one ready for as long as he likes; libmilter's thread
-    # would stay with him, and with it whoever else libmilter had given to this thread.
+    # write half a command, or have the next one there for as long as he likes; see make_room.
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
@@ -332,7 +321,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             if "pid" not in self.facts or self.owner.uid == 0:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid, self.owner.in_container)
-        return int(Milter.CONTINUE)
+        return self.answer()
 
     @noreply  # type: ignore[untyped-decorator]
     def data(self) -> int:
@@ -519,6 +508,19 @@ class SysuserMilter(Base):  # type: ignore[misc]
         say(INFO, f"{quote(self.getsymval('i'))}: {' '.join(key_values(pairs))}")
 
 
+def make_room() -> None:
+    """Have libmilter start another thread. To be called by a session that may keep its own for long.
+
+    Where libmilter has a pool of threads (worker.c, in Debian's build), it can give several sessions
+    to one thread that is still idle. The thread takes one, and stays with it while it has a command;
+    the others wait until any thread looks for work, which one does that was started for a new
+    connection, be it closed at once.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        probe.connect(SysuserMilter.path)
+
+
 THIS_THREAD = threading.local()
 
 
@@ -554,7 +556,7 @@ class ClientSocket(NamedTuple):
     cookie: Any = None  # of the MTA's end, which is one connection's and no other's; see Diag
     client: Endpoint = Endpoint(b"", 0)
     mta_end: Endpoint = Endpoint(b"", 0)
-    interface: int = 0  # the index under which the kernel found it
+    interface: int = 0  # the index of the device that the MTA's end is bound to; 0: none
     mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
     in_container: bool = False  # whether the uid's name is the container's own, not this host's
@@ -700,6 +702,18 @@ def complain(text: str, *details: str, level: int = ERROR) -> bool:
 
 
 # --------------------------------------------------------------------- lookup: whose a connection is
+# linux/netlink.h, sock_diag.h, rtnetlink.h; net/flow.h
+NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
+NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
+RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
+LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
+NETLINK_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: size, kind, flags, number, port
+FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
+# What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
+NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
+            errno.EAFNOSUPPORT}
+
+
 class Diag(NamedTuple):
     """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
 
@@ -713,7 +727,7 @@ class Diag(NamedTuple):
     read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
     received: int  # 0 before Linux 4.1
     sent: int  # 0 before Linux 4.19
-    interface: int  # the index under which it was asked for
+    interface: int  # the index of the device that it is bound to; 0: none
 
 
 def endpoint(address: str, port: int) -> Endpoint:
@@ -728,10 +742,6 @@ def packed(address: str) -> bytes:
     return (getattr(ip, "ipv4_mapped", None) or ip).packed
 
 
-DIAG_TAIL = struct.Struct("=QIIIII")  # of struct inet_diag_msg, from the cookie on
-ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
-
-
 class KernelLookup:
     """Ask the kernel through netlink: sock_diag(7), and rtnetlink(7) for what is local.
 
@@ -741,26 +751,24 @@ class KernelLookup:
 
     name = "sock_diag"
 
-    def __init__(self, dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
-        """Open the sockets; dialled: says what a redirected client dialled, or why not."""
-        self.dialled, self.lock, self.number = dialled, threading.Lock(), 0
-        self.buffer = ctypes.create_string_buffer(8192)
+    def __init__(self, what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
+        """Open the sockets; what_was_dialled: by a redirected client, or why that is not known."""
+        self.what_was_dialled, self.lock, self.number = what_was_dialled, threading.Lock(), 0
+        self.buffer = ctypes.create_string_buffer(32768)
         self.sock_diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
         self.rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
 
-    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
-        """Say whose the client's end is; None if the client is not on this host.
+    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
+        """Say whose the client's end is.
 
         server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
         """
-        if not is_whole(server):
-            sockets = dump_sockets(server.port if server else 0, client.port)
-            server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+        server = self.whole(server, client)
         client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
-            return None
+            return REMOTE
         if server is None:
-            return ClientSocket(None, "closed")
+            return unknown("closed")
         client_end = client_end or self.find_on_any_device(client, server)
         if client_end is None:
             return self.find_redirected(client, server)
@@ -776,15 +784,19 @@ class KernelLookup:
         """
         mta_end = self.find(server, client)
         if mta_end is None or not mta_end.inode:
-            return ClientSocket(None, "closed")
-        dialled = self.dialled(mta_end)
+            return unknown("closed")
+        dialled = self.what_was_dialled(mta_end)
         if isinstance(dialled, str):
-            return ClientSocket(None, dialled)
-        client_end = self.find_on_any_device(client, dialled)
-        uids = uids_that_dialled(dialled, mta_end.sent)
+            return unknown(dialled)
+        client_end, uids = None, set()
+        for diag in self.dump(0, dialled.port):
+            if diag.destination == dialled:
+                client_end = diag if diag.source == client else client_end
+                if diag.received <= mta_end.sent and (diag.inode or diag.state != FIN_WAIT2):
+                    uids.add(diag.uid)
         now = self.find(server, client)
         if client_end is None or now is None or now.state != ESTABLISHED:
-            return ClientSocket(None, "closed")
+            return unknown("closed")
         return client_socket(client_end, mta_end if uids == {client_end.uid} else None)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
@@ -792,74 +804,95 @@ class KernelLookup:
         mta_end = self.find(owner.mta_end, owner.client, owner.interface)
         return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
 
-    def find(self, source: Endpoint, destination: Endpoint, interface: int = LOOPBACK) -> Optional[Diag]:
+    def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
+        """Give the MTA's end, found by its peer where the MTA does not say all of it; None: not found."""
+        if is_whole(server):
+            return server
+        sockets = self.dump(server.port if server else 0, client.port)
+        return server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+
+    def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
         """Ask for one socket by both ends; None if there is none.
 
         One that is bound to a device is found under its index only, any other under each.
         """
-        question = diag_request(source, destination, interface)
+        question = diag_request(source, destination, interface or LOOPBACK)
         try:
-            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question), interface)
+            diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question)[0])
         except FileNotFoundError:
             return None
         found = diag.source, diag.destination, diag.state in STATES
         return diag if found == (source, destination, True) else None  # it may offer a listener
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
-        """Ask for one socket whatever device it is bound to; None if there is none."""
-        for interface, _ in socket.if_nameindex():
-            diag = self.find(source, destination, interface)
-            if diag:
-                return diag
-        return None
+        """Look for one socket by both ends among all; None if there is none, or several.
+
+        "find" gives one at most of those with the same ends that are bound to different devices,
+        or to none: to hide another, its state may be one that does not count.
+        """
+        found = [diag for diag in self.dump(source.port, destination.port)
+                 if (diag.source, diag.destination) == (source, destination)]
+        return found[0] if len(found) == 1 else None
+
+    def dump(self, source_port: int, destination_port: int) -> list[Diag]:
+        """List the TCP sockets with these ports (0: any) whose state counts; takes milliseconds."""
+        found: list[Diag] = []
+        for address in b"\0" * 4, b"\0" * 16:
+            question = diag_request(Endpoint(address, source_port), Endpoint(address, destination_port), 0)
+            found += map(read_diag, self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question, NLM_F_DUMP))
+        return found
 
     def is_local(self, address: bytes) -> bool:
         """Tell whether the routing table has an address as this host's own; OSError."""
         question = struct.pack("=BB10xHH", FAMILIES[len(address)], 8 * len(address), 4 + len(address), RTA_DST)
         try:
-            route = self.ask(self.rtnetlink, RTM_GETROUTE, question + address)
+            route = self.ask(self.rtnetlink, RTM_GETROUTE, question + address)[0]
         except OSError as error:
             if error.errno in NO_ROUTE:
                 return False
             raise
         return route[7] in (RTN_LOCAL, RTN_ANYCAST)  # rtm_type of struct rtmsg
 
-    def ask(self, netlink: socket.socket, kind: int, question: bytes) -> bytes:
-        """Send one request and give the body of its answer; OSError as the kernel gives it.
+    def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
+        """Send one request and give the body of its answer, or of each for NLM_F_DUMP; OSError as the kernel's.
 
         It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
         returns, and to give the lock up costs several times as much under load.
         """
+        bodies = []
         with self.lock:
             self.number = number = (self.number + 1) & 0xFFFFFFFF
-            request = netlink_message(kind, NLM_F_REQUEST, number, question)
-            checked(LIBC.send(netlink.fileno(), request, len(request), 0))
-            answered = None
-            while answered != number:  # another is left from a question that failed
+            size = NETLINK_HEADER.size + len(question)
+            request = NETLINK_HEADER.pack(size, kind, NLM_F_REQUEST | flags, number, 0) + question
+            checked(LIBC.send(netlink.fileno(), request, size, 0))
+            while flags or not bodies:
                 size = checked(LIBC.recv(netlink.fileno(), self.buffer, len(self.buffer), socket.MSG_DONTWAIT))
-                answer = ctypes.string_at(self.buffer, size)
-                _, kind, _, answered = struct.unpack_from("=IHHI", answer)
-        return netlink_body(kind, answer[16:])
+                answers = ctypes.string_at(self.buffer, size)
+                while answers:
+                    size, kind, _, answered, _ = NETLINK_HEADER.unpack_from(answers)
+                    body, answers = answers[NETLINK_HEADER.size:size], answers[max(16, (size + 3) & ~3):]
+                    if answered != number:  # left from a question that failed
+                        continue
+                    code = -struct.unpack_from("=i", body)[0] if kind in (NLMSG_ERROR, NLMSG_DONE) else 0
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    if kind == NLMSG_DONE:
+                        return bodies
+                    bodies.append(body)
+        return bodies
 
 
 def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
-    """Put together what the kernel says of both ends; an owner that cannot be known is None."""
+    """Put together what the kernel says of both ends, unless the owner cannot be known from it."""
     if not client_end.uid and not client_end.inode:
-        return ClientSocket(None, "closed")  # an orphan: the kernel has forgotten whose it was
+        return unknown("closed")  # an orphan: the kernel has forgotten whose it was
     if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
-        return ClientSocket(None, "error")
+        return unknown("error")
     if mta_end is None or not mta_end.inode:
         # The MTA asks about an accepted connection. This end has no inode, so it is of a later one.
-        return ClientSocket(None, "reused")
+        return unknown("reused")
     return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
-
-
-def uids_that_dialled(server: Endpoint, most: int) -> set[int]:
-    """Give whose sockets have dialled a server and received no more bytes than that."""
-    dialled = [diag for diag in dump_sockets(0, server.port)
-               if diag.destination == server and diag.received <= most]
-    return {diag.uid for diag in dialled if diag.inode or diag.state != FIN_WAIT2}
 
 
 def is_whole(end: Optional[Endpoint]) -> bool:
@@ -873,37 +906,6 @@ def server_end(client: Endpoint, sockets: Iterable[tuple[Endpoint, Endpoint]]) -
     return ends.pop() if len(ends) == 1 else None
 
 
-def dump_sockets(source_port: int, destination_port: int) -> list[Diag]:
-    """List the TCP sockets with these ports (0: any); takes milliseconds."""
-    found: list[Diag] = []
-    for address in b"\0" * 4, b"\0" * 16:
-        question = diag_request(Endpoint(address, source_port), Endpoint(address, destination_port), 0)
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-            netlink.send(netlink_message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 0, question))
-            kind = 0
-            while kind != NLMSG_DONE:
-                data = netlink.recv(32768)
-                while data:
-                    size, kind = struct.unpack_from("=IH", data)
-                    body = netlink_body(kind, data[16:size])
-                    found += [] if kind == NLMSG_DONE else [read_diag(body)]
-                    data = data[max(16, (size + 3) & ~3):]
-    return found
-
-
-def netlink_message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    """Put the header before a message (struct nlmsghdr)."""
-    return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body
-
-
-def netlink_body(kind: int, body: bytes) -> bytes:
-    """Pass on the body of a message; OSError (FileNotFoundError: no such socket) if it is an error."""
-    code = -struct.unpack_from("=i", body)[0] if kind in (NLMSG_ERROR, NLMSG_DONE) else 0
-    if code:
-        raise OSError(code, os.strerror(code))
-    return body
-
-
 def checked(result: int) -> int:
     """Pass on what a C function returned; OSError if it failed."""
     if result < 0:
@@ -911,32 +913,43 @@ def checked(result: int) -> int:
     return result
 
 
+# linux/inet_diag.h, tcp.h; net/tcp_states.h
+INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
+# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
+STATES = {1, 4, 5, 8, 9, 11}
+ESTABLISHED, FIN_WAIT2 = 1, 5
+STATES_MASK = sum(1 << state for state in STATES)
+# struct inet_diag_req_v2: family, protocol, attributes, states, ports, addresses, device, cookie
+DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
+# struct inet_diag_msg: family, state, ports, addresses, device, cookie, bytes not read, uid, inode
+DIAG = struct.Struct("=BB2x2s2s16s16sIQ4xI4xII")
+ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
+TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Linux 4.1), sent (4.19)
+
+
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
-    """Build a struct inet_diag_req_v2 for one socket, given by both ends."""
-    return struct.pack("=BBBBI2s2s16s16sIQ", FAMILIES[len(source.address)], socket.IPPROTO_TCP,
-                       1 << (INET_DIAG_INFO - 1), 0, STATES_MASK, source.port.to_bytes(2, "big"),
-                       destination.port.to_bytes(2, "big"), source.address, destination.address,
-                       interface, ANY_COOKIE)
+    """Build a question for one socket, given by both ends."""
+    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), STATES_MASK,
+                             source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+                             source.address, destination.address, interface, ANY_COOKIE)
 
 
-def read_diag(body: bytes, interface: int = 0) -> Diag:
-    """Read one struct inet_diag_msg with its attributes; OSError if it is cut short."""
-    if len(body) < 72:
+def read_diag(body: bytes) -> Diag:
+    """Read one answer with its attributes; OSError if it is cut short."""
+    if len(body) < DIAG.size:
         raise OSError(0, "sock_diag gave a message that is cut short")
-    source = diag_end(body[0], body[4:6], body[8:24])
-    destination = diag_end(body[0], body[6:8], body[24:40])
-    cookie, _, unread, _, uid, inode = DIAG_TAIL.unpack_from(body, 44)
-    attributes, at = {}, 72
+    family, state, near_port, far_port, near, far, interface, cookie, unread, uid, inode = DIAG.unpack_from(body)
+    cgroup, info, at = 0, b"", DIAG.size
     while at + 4 <= len(body):
         size, kind = ATTRIBUTE.unpack_from(body, at)
-        attributes[kind] = body[at + 4:at + size]
+        if kind == INET_DIAG_CGROUP_ID:
+            cgroup = int.from_bytes(body[at + 4:at + size], sys.byteorder)
+        elif kind == INET_DIAG_INFO:
+            info = body[at + 4:at + size]
         at += max((size + 3) & ~3, 4)
-    cgroup = int.from_bytes(attributes.get(INET_DIAG_CGROUP_ID, b""), sys.byteorder)
-    info = attributes.get(INET_DIAG_INFO, b"")
-    received = int.from_bytes(info[TCPI_BYTES_RECEIVED:TCPI_BYTES_RECEIVED + 8], sys.byteorder)
-    sent = int.from_bytes(info[TCPI_BYTES_SENT:TCPI_BYTES_SENT + 8], sys.byteorder)
-    read = max(0, received - unread)
-    return Diag(body[1], source, destination, uid, inode, cookie, cgroup, read, received, sent, interface)
+    received, sent = TCP_INFO.unpack_from(info.ljust(TCP_INFO.size, b"\0"))
+    return Diag(state, diag_end(family, near_port, near), diag_end(family, far_port, far), uid, inode, cookie,
+                cgroup, max(0, received - unread), received, sent, interface)
 
 
 def diag_end(family: int, port: bytes, address: bytes) -> Endpoint:
@@ -953,25 +966,24 @@ class PsutilLookup:
 
     name = "psutil (holders, not owners)"
 
-    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> Optional[ClientSocket]:
-        """Say who has the client's end; None if it is not on this host; psutil.Error, OSError."""
+    def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
+        """Say who has the client's end; psutil.Error, OSError."""
         found = {(endpoint(*one.laddr), endpoint(*one.raddr)): one.pid
                  for one in psutil.net_connections("tcp") if one.raddr}
         server = server if is_whole(server) else server_end(client, found)
         if (client, server) not in found:
             local = ipaddress.ip_address(client.address) in own_addresses()
-            return ClientSocket(None, "closed") if local or client.address[:1] == b"\x7f" else None
+            return unknown("closed") if local or client.address[:1] == b"\x7f" else REMOTE
         pid = found[client, cast(Endpoint, server)]
         if pid is None:  # psutil.Process(None) would be this process
-            return ClientSocket(None, "not-permitted")
+            return unknown("not-permitted")
         holder = psutil.Process(pid)
         return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
                             mta_end=cast(Endpoint, server), process=holder)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
         """Look for the holder once more. What the MTA has read is not known: it counts as more."""
-        again = self.find_client_socket(owner.client, owner.mta_end)
-        return again.cookie if again else None, owner.mta_bytes_read + 1
+        return self.find_client_socket(owner.client, owner.mta_end).cookie, owner.mta_bytes_read + 1
 
 
 Lookup = Union[KernelLookup, PsutilLookup]
@@ -984,27 +996,40 @@ def own_addresses() -> set[Any]:
             if one.family in (socket.AF_INET, socket.AF_INET6)}
 
 
-def choose_lookup(dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
+def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
     """Try the kernel on a connection of our own; give what works, and what is wrong, or "".
 
-    Raises OSError if there can be no connection.
+    Where users have taken every port, the kernel is believed untried: they could keep the milter
+    from starting. Raises OSError if there can be no connection for another reason.
     """
     if not LINUX:
         return PsutilLookup(), "there is no sock_diag here"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as connection:
-            client, server = endpoint(*connection.getsockname()), endpoint(*connection.getpeername())
+    try:
+        lookup = KernelLookup(what_was_dialled)
+        lookup.dump(1, 1)
+        local = lookup.is_local(packed("127.0.0.1"))
+    except FileNotFoundError:
+        return PsutilLookup(), "sock_diag does not know TCP (is the tcp_diag module there?)"
+    except OSError as error:
+        return PsutilLookup(), f"sock_diag: {error.strerror}"
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as connection:
+            diag = lookup.find(endpoint(*connection.getsockname()), endpoint(*connection.getpeername()))
             expected = os.geteuid(), os.fstat(connection.fileno()).st_ino
-            try:
-                lookup = KernelLookup(dialled)
-                diag, local = lookup.find(client, server), lookup.is_local(client.address)
-            except OSError as error:
-                return PsutilLookup(), f"sock_diag: {error.strerror}"
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            return lookup, f"sock_diag could not be tried, all ports are taken: {error.strerror}"
+        raise
     if diag is None:
-        return PsutilLookup(), "sock_diag does not find a connection that exists (is the tcp_diag module there?)"
+        return PsutilLookup(), "sock_diag does not find a connection that exists"
     if (diag.uid, diag.inode, local) != (*expected, True):
         return PsutilLookup(), "sock_diag and rtnetlink are wrong about a connection of our own"
     return lookup, ""
+
+
+# user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
+OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
 
 
 @functools.lru_cache(maxsize=1)  # it is written once
@@ -1193,6 +1218,7 @@ class Directory:
             if is_current(answer, state):
                 break
             asked_at, answered = self.begin(function, key, state)
+            make_room()
             if not answered.wait(max(0.0, min(until, asked_at + patience) - time.monotonic())):
                 break
             answer = answers.get(key)
@@ -1741,8 +1767,10 @@ class Describer:
         helper, deadline = self.helper, time.monotonic() + HELPER_SECONDS
         if helper is None:
             return {"why": self.why_nobody}
-        if not self.lock.acquire(timeout=HELPER_SECONDS):
-            return {"why": "busy"}
+        if not self.lock.acquire(blocking=False):
+            make_room()
+            if not self.lock.acquire(timeout=HELPER_SECONDS):
+                return {"why": "busy"}
         try:
             # Whoever asked before gave up too early for this answer: it is waited for until it is overdue.
             channel, overdue = helper.channel, min(deadline, self.owed_until)
@@ -1796,6 +1824,7 @@ class Describer:
             return {"why": "busy"}
         command = lsof_command + lsof_arguments(list(processes)[:LSOF_PIDS])
         deadline, pipe = time.monotonic() + LSOF_SECONDS, subprocess.PIPE
+        make_room()
         while True:
             with self.lock:
                 self.running = [lsof for lsof in self.running if lsof.poll() is None]
@@ -2324,7 +2353,7 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     if isinstance(lookup, PsutilLookup) or not any(ipaddress.ip_address(client.address) in one for one in networks):
         return REMOTE
     if not is_whole(server):
-        sockets = dump_sockets(server.port if server else 0, client.port)
+        sockets = lookup.dump(server.port if server else 0, client.port)
         server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
     mta_end = lookup.find_on_any_device(server, client) if server else None
     if mta_end is None:
@@ -2753,12 +2782,14 @@ def may_be_local(hosts: str) -> bool:
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Start as the milter does, and have it name another user and his program."""
     problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
-    if not problem:
+    useless = bool(problem)
+    if not useless:
         others = connection_made() if as_root else connections_found()
         container = container_made() if container_networks else None
         problem, way = prepare(user)
-    report("users: the kernel (sock_diag)", problem, KERNEL_CURE, bool(problem))
-    if problem:
+        useless = isinstance(SysuserMilter.lookup, PsutilLookup)
+    report("users: the kernel (sock_diag)", problem, KERNEL_CURE, useless)
+    if useless:
         return
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
@@ -2790,10 +2821,10 @@ def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
         began = time.perf_counter()
         owner = SysuserMilter.lookup.find_client_socket(client, server)
         took = (time.perf_counter() - began) * 1e6
-        if owner and owner.uid == uid:
+        if owner.uid == uid:
             report(f"users: another user's connection, {took:.0f} us")
             return owner
-        found = (owner.why or "wrong uid") if owner else "taken for another host's"
+        found = "taken for another host's" if owner is REMOTE else owner.why or "wrong uid"
     if found:
         report("users: another user's connection", f"not found ({found})",
                "run this again; in a unit or container, give it the host's network and users", fatal=as_root)
@@ -2821,9 +2852,10 @@ def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
 
 def connections_found() -> OtherUsers:
     """Give the connections that other users have to this host."""
-    for diag in dump_sockets(0, 0):
+    lookup = cast(KernelLookup, SysuserMilter.lookup)
+    for diag in lookup.dump(0, 0):
         is_other = diag.inode and diag.uid not in (0, os.geteuid())
-        if is_other and cast(KernelLookup, SysuserMilter.lookup).find(diag.destination, diag.source):
+        if is_other and lookup.find(diag.destination, diag.source):
             yield diag.source, diag.destination, diag.uid
 
 
@@ -3012,7 +3044,8 @@ def run() -> NoReturn:
         say(ERROR, problem)
         end(EX_FAILED)
     if lack:
-        say(WARNING, f"{lack}: psutil is used, which names the holder of a socket for its owner")
+        by_psutil = isinstance(SysuserMilter.lookup, PsutilLookup)
+        say(WARNING, lack + (": psutil is used, which names the holder of a socket for its owner" if by_psutil else ""))
     ways = f"version {VERSION}: users from {SysuserMilter.lookup.name}; programs " + (
         f"through {way}" if way else f"are unknown, {UNPRIVILEGED} and without sudo lsof")
     say(INFO, ways)
@@ -3033,6 +3066,7 @@ def run() -> NoReturn:
     except (OSError, Milter.error) as error:
         say(ERROR, f"{socketname}: {error}")
         end(EX_FAILED)
+    SysuserMilter.path = path
     threading.Thread(target=serve_mta, args=(path,), daemon=True).start()
     announce(path, ways, bool(aside))
     stop(path, aside, signals)
@@ -3112,6 +3146,7 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     """
     told, left = [signals.get()], 1
     SysuserMilter.directory.end()
+    SysuserMilter.path = ""
     deadline = time.monotonic() + STOP_SECONDS
     if aside:  # new ones wait with the service manager
         os.dup2(aside[0], aside[1], inheritable=False)

@@ -390,7 +390,7 @@ def provided(programs: Mapping[str, str]) -> str:
 
 def kernel_lookup(m: Any, describer: Any = None) -> Callable[[Any, Any], Any]:
     """Give what finds the client's socket by both ends; describer: who can tell what a redirected client dialled."""
-    return m.KernelLookup(dialled=getattr(describer, "what_was_dialled", lambda mta_end: None)).find_client_socket
+    return m.KernelLookup(getattr(describer, "what_was_dialled", lambda mta_end: "redirected")).find_client_socket
 
 
 def why_unknown(found: Any) -> str:

@@ -472,6 +472,38 @@ def test_without_a_connection_to_try_the_kernel_on_it_starts_later(make_milter: 
     assert "ERROR a connection to 127.0.0.1, to try sock_diag on: " in line and "unreachable" in line
 
 
+# A user holds every port that clients are given, for as long as the command lives: its arguments are uid, command...
+HOLD_PORTS = """
+import ctypes, os, signal, socket, sys
+os.seteuid(int(sys.argv[1]))
+held = [socket.socket(family) for family in (socket.AF_INET, socket.AF_INET6) for _ in range(10)]
+for n, sock in enumerate(held):
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(("", 40000 + n % 10))
+os.seteuid(0)
+if os.fork() == 0:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    while True:
+        signal.pause()
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_users_who_take_every_port_do_not_keep_it_from_starting(make_milter: Callable) -> None:
+    """It says that the kernel could not be tried on a connection of its own, and serves."""
+    script = 'ip link set lo up && sysctl -qw net.ipv4.ip_local_port_range="40000 40009" && exec "$@"'
+    prefix = ["unshare", "--net", "sh", "-c", script, "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespaces")
+    milter = make_milter(prefix=[*prefix, mta.PYTHON, "-c", HOLD_PORTS, str(pwd.getpwnam("nobody").pw_uid)])
+    milter.start()
+    assert "sock_diag could not be tried, all ports are taken" in milter.wait_lines("WARNING")[0]
+    with mta.Wire(milter.socketname) as wire:
+        wire.connect("192.0.2.99", 1)
+        assert wire.message() == [("continue",)]
+
+
 def test_a_socket_of_another_kind_is_left_alone(make_milter: Callable) -> None:
     """Some other program's: a datagram socket that is in use."""
     milter = make_milter()

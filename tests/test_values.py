@@ -191,9 +191,14 @@ def test_a_kernel_without_the_newer_attributes_gives_none_of_them() -> None:
 
 
 def test_the_kernels_refusal_is_an_os_error_with_its_number() -> None:
-    """ENOENT, "no such connection", among them."""
-    with pytest.raises(FileNotFoundError):
-        ms.netlink_body(2, struct.pack("=i", -errno.ENOENT) + bytes(16))
+    """Of one question and of a list alike; "no such connection" is a socket that is not there."""
+    lookup, nobody = ms.KernelLookup(lambda mta_end: "redirected"), ms.endpoint("127.0.0.1", 1)
+    assert lookup.find(nobody, nobody) is None
+    for flags in 0, ms.NLM_F_DUMP:
+        with pytest.raises(OSError) as refusal:
+            lookup.ask(lookup.sock_diag, ms.SOCK_DIAG_BY_FAMILY, b"", flags)
+        assert refusal.value.errno == errno.EINVAL
+    assert lookup.dump(1, 1) == []
 
 
 @pytest.mark.parametrize("size", [0, 4, 60, 71])
