@@ -3017,8 +3017,9 @@ def prepare_policy() -> None:
         milter.allowed.now()
     if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
-    for name in not_found([*hourly_limits, *daily_limits]):
-        say(WARNING, f"a limit is for {name}, who is not found: mend the name, or start again when there is that user")
+    for setting in "hourly_limits", "daily_limits":
+        for name in not_found(globals()[setting]):
+            say(WARNING, f"{setting}: {name} is not found: mend the name, or start again when there is that user")
     limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
