@@ -763,7 +763,7 @@ class KernelLookup:
 
         server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
         """
-        server = self.whole(server, client)
+        server = whole_end(server, client, lambda: (one[1:3] for one in self.dump(0, client.port) if one.inode))
         client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
             return REMOTE
@@ -804,13 +804,6 @@ class KernelLookup:
         mta_end = self.find(owner.mta_end, owner.client, owner.interface)
         return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
 
-    def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
-        """Give the MTA's end, found by its peer where the MTA does not say all of it; None: not found."""
-        if is_whole(server):
-            return server
-        sockets = self.dump(server.port if server else 0, client.port)
-        return server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
-
     def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
         """Ask for one socket by both ends; None if there is none.
 
@@ -827,8 +820,7 @@ class KernelLookup:
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
         """Look for one socket by both ends among all; None if there is none, or several.
 
-        "find" gives one at most of those with the same ends that are bound to different devices,
-        or to none: to hide another, its state may be one that does not count.
+        Of those with the same ends, bound to a device or not, "find" sees one, be its state what it may.
         """
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
@@ -895,14 +887,15 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
 
 
-def is_whole(end: Optional[Endpoint]) -> bool:
-    """Tell whether the MTA says all of an end: an address that is no wildcard, and a port."""
-    return end is not None and end.port > 0 and any(end.address)
+def whole_end(server: Optional[Endpoint], client: Endpoint, pairs: Callable[[], Iterable[Any]]) -> Optional[Endpoint]:
+    """Give the MTA's end; where the MTA does not say all of it, the one that has this peer, or None.
 
-
-def server_end(client: Endpoint, sockets: Iterable[tuple[Endpoint, Endpoint]]) -> Optional[Endpoint]:
-    """Find the MTA's end among sockets, by its peer; None if there is none, or several."""
-    ends = {near for near, far in sockets if far == client}
+    pairs: gives both ends of each socket.
+    """
+    port = server.port if server else 0
+    if server and port and any(server.address):
+        return server
+    ends = {near for near, far in pairs() if far == client and port in (0, near.port)}
     return ends.pop() if len(ends) == 1 else None
 
 
@@ -948,17 +941,12 @@ def read_diag(body: bytes) -> Diag:
             info = body[at + 4:at + size]
         at += max((size + 3) & ~3, 4)
     received, sent = TCP_INFO.unpack_from(info.ljust(TCP_INFO.size, b"\0"))
-    return Diag(state, diag_end(family, near_port, near), diag_end(family, far_port, far), uid, inode, cookie,
-                cgroup, max(0, received - unread), received, sent, interface)
-
-
-def diag_end(family: int, port: bytes, address: bytes) -> Endpoint:
-    """Read one end of a socket as struct inet_diag_sockid has it."""
     if family == socket.AF_INET:
-        address = address[:4]
-    elif address.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped
-        address = address[12:]
-    return Endpoint(address, int.from_bytes(port, "big"))
+        near, far = near[:4], far[:4]
+    elif near.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped, and so is the other end
+        near, far = near[12:], far[12:]
+    return Diag(state, Endpoint(near, int.from_bytes(near_port, "big")), Endpoint(far, int.from_bytes(far_port, "big")),
+                uid, inode, cookie, cgroup, max(0, received - unread), received, sent, interface)
 
 
 class PsutilLookup:
@@ -970,7 +958,7 @@ class PsutilLookup:
         """Say who has the client's end; psutil.Error, OSError."""
         found = {(endpoint(*one.laddr), endpoint(*one.raddr)): one.pid
                  for one in psutil.net_connections("tcp") if one.raddr}
-        server = server if is_whole(server) else server_end(client, found)
+        server = whole_end(server, client, lambda: found)
         if (client, server) not in found:
             local = ipaddress.ip_address(client.address) in own_addresses()
             return unknown("closed") if local or client.address[:1] == b"\x7f" else REMOTE
@@ -1008,10 +996,9 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
         lookup = KernelLookup(what_was_dialled)
         lookup.dump(1, 1)
         local = lookup.is_local(packed("127.0.0.1"))
-    except FileNotFoundError:
-        return PsutilLookup(), "sock_diag does not know TCP (is the tcp_diag module there?)"
     except OSError as error:
-        return PsutilLookup(), f"sock_diag: {error.strerror}"
+        cure = " (is the tcp_diag module there?)" if isinstance(error, FileNotFoundError) else ""
+        return PsutilLookup(), f"sock_diag: {error.strerror}{cure}"
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 socket.create_connection(listener.getsockname()) as connection:
@@ -1021,11 +1008,9 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             return lookup, f"sock_diag could not be tried, all ports are taken: {error.strerror}"
         raise
-    if diag is None:
-        return PsutilLookup(), "sock_diag does not find a connection that exists"
-    if (diag.uid, diag.inode, local) != (*expected, True):
-        return PsutilLookup(), "sock_diag and rtnetlink are wrong about a connection of our own"
-    return lookup, ""
+    if local and diag and (diag.uid, diag.inode) == expected:
+        return lookup, ""
+    return PsutilLookup(), "sock_diag or rtnetlink is wrong about a connection of our own"
 
 
 # user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
