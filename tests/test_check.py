@@ -87,7 +87,7 @@ def test_as_root_all_is_well(check: Any, sees_others: None) -> None:
     """It makes a process of another user, and names it through the helper; each way has its time."""
     found = check()
     assert found.status == 0
-    assert [line[:4] for line in found.lines if line[0] != " " and "cgroup" not in line] == ["ok  "] * 6
+    assert [line[:4] for line in found.lines if line[0] != " " and "cgroup" not in line] == ["ok  "] * 7
     assert found.lines[0] == SETTINGS_WELL
     assert re.fullmatch(r"ok    users: another user's connection, \d+ us", found.line("users: another"))
     assert re.fullmatch(r"ok    programs: the helper, \d+ us: python3", found.line("programs: the helper"))
