@@ -1104,6 +1104,7 @@ def open_queue_file(queue_id: str, queue: str) -> int:
         try:
             descriptor = os.open(f"{place}/{queue_id}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
+            # It grows while it is gone through: hash_queue_names makes a directory of each digit.
             places += [entry.path for entry in os.scandir(place) if len(entry.name) == 1]
             continue
         status = os.fstat(descriptor)
@@ -1640,7 +1641,8 @@ class Limits:
         uid, limits = account.uid, {}
         for step, of_users in self.limits.items():
             limit = of_users.get(uid, of_users.get(account.name, of_users.get("*")))
-            limits.update({} if limit is None else {step: limit})
+            if limit is not None:
+                limits[step] = limit
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]

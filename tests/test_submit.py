@@ -572,6 +572,7 @@ def test_only_files_of_messages_are_read(tmp_path: pathlib.Path, queue: Callable
     assert queue(ENVELOPE + TOP + REST) == ms.ClientSocket(1001)
     path = tmp_path / "incoming" / QUEUE_ID
     for name in f"../incoming/{QUEUE_ID}", f"./{QUEUE_ID}", "", "None", QUEUE_ID + "\n", "4ZGONEz1", QUEUE_ID + "\0":
+        queue(ENVELOPE + top(second=f"\tid {name}; now") + REST)
         assert ms.read_submitter(name, str(tmp_path)) == UNKNOWN
     path.rename(tmp_path / "elsewhere")
     for make in (lambda: path.symlink_to(tmp_path / "elsewhere"), lambda: os.mkfifo(path), path.mkdir):
