@@ -137,6 +137,8 @@ class Guest:
                [], enter=host.enter)
             self.take(number, "eth0")
             ip(["link set eth0 up"], [], enter=self.as_root)
+            mta.wait_for(lambda: "state forwarding" in host.run("ip", "-d", "link", "show", f"g{self.pid}").stdout,
+                         20, "the bridge to forward what it sends")
 
     def take(self, number: int, device: str) -> None:
         """Give it the addresses with that number."""
