@@ -133,10 +133,13 @@ class Guest:
         self.enter = [*self.moved, *self.as_root, *(["--user"] if prefix else [])]
         ip(["link set lo up"], [], enter=self.as_root)
         if number:
-            ip([f"link add g{self.pid} type veth peer name eth0 netns {self.pid}", f"link set g{self.pid} master br0 up"],
+            ip([f"link add g{self.pid} type veth peer name eth0 address 02:42:ac:11:00:{number:02x} netns {self.pid}",  # as docker's
+                f"link set g{self.pid} master br0 up"],
                [], enter=host.enter)
             self.take(number, "eth0")
             ip(["link set eth0 up"], [], enter=self.as_root)
+            mta.wait_for(lambda: "state forwarding" in host.run("ip", "-d", "link", "show", f"g{self.pid}").stdout,
+                         20, "the bridge to forward what it sends")
 
     def take(self, number: int, device: str) -> None:
         """Give it the addresses with that number."""
@@ -397,6 +400,7 @@ def test_a_port_that_another_container_uses_again_is_never_the_first_ones(family
                 pass
             first.drop(8)
             second.take(8, "eth0")
+            net.host.run("ip", "neighbour", "flush", "all")
             client = second.start(net.smtp(family, "--bind", f"{ends.prefix}8", "--bind-port", port), 33)
             time.sleep(0.2)
         finally:
