@@ -2339,9 +2339,8 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     networks = map(ipaddress.ip_network, container_networks)
     if isinstance(lookup, PsutilLookup) or not any(ipaddress.ip_address(client.address) in one for one in networks):
         return REMOTE
-    if not is_whole(server):
-        sockets = lookup.dump(server.port if server else 0, client.port)
-        server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+    dump = lookup.dump
+    server = whole_end(server, client, lambda: (one[1:3] for one in dump(0, client.port) if one.inode))
     mta_end = lookup.find_on_any_device(server, client) if server else None
     if mta_end is None:
         return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
