@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import select
 import time
 import types
@@ -14,7 +13,7 @@ import pytest
 
 import mta
 
-REFUSAL = r"550 5\.7\.1 User \S+ is blocked from sending mail"  # by number where NSS is slower than the milter waits
+REFUSAL = "550 5.7.1 User mst-bob is blocked from sending mail"
 # One process of a blocked user: a flood of a kind, and other sessions of his that time their answers meanwhile.
 FLOOD = r'''
 import json, random, select, socket, sys, time
@@ -175,7 +174,7 @@ def flood(mail: types.SimpleNamespace, kind: str, sessions: int, size: int, roun
     worst = max(seen, key=lambda one: max(one["MAIL"], one["end"], one["greeting"]))
     assert len(seen) == rounds
     assert max(worst["MAIL"], worst["end"], worst["greeting"]) <= most, worst
-    assert all(re.fullmatch(REFUSAL, reply) for one in seen for reply in one["replies"]), seen
+    assert {reply for one in seen for reply in one["replies"]} == {REFUSAL}
     assert "SMFIC" not in mail.postfix.log()  # "can't read SMFIC_MAIL reply packet header", and the message passes
 
 
