@@ -311,8 +311,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.try_to_confirm()
         return self.answer()
 
-    # The MTA waits for the answer to a recipient and to a header. Did it not, a client could let it
-    # write half a command, or have the next one there for as long as he likes; see make_room.
+    # The MTA waits for the answer to a recipient, a header and a command that it does not know. Did it
+    # not, a client could let it write half a command, or have the next one there for as long as he
+    # likes; see make_room.
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
@@ -321,6 +322,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
             if "pid" not in self.facts or self.owner.uid == 0:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid, self.owner.in_container)
+        return self.answer()
+
+    def unknown(self, command: str) -> int:
+        """Answer a command that the MTA does not know; that is all."""
         return self.answer()
 
     @noreply  # type: ignore[untyped-decorator]
