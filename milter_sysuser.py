@@ -1060,7 +1060,7 @@ def why_not_root(port: int, facts: Facts) -> str:
 # header_checks can remove it. Then a header that the user wrote comes first, which may look the
 # same; but what the user writes is written before there is a queue id. The MTA's own mail (a bounce)
 # has no uid there, and has in its envelope what postdrop(1) lets nobody write.
-FIRST_HEADER = rb"Received: by [^\n]+ \([^\n]+?(?:, from userid (\d{1,10}))?\)\n\tid %s; "
+FIRST_HEADER = re.compile(rb"Received: by [^\n]+ \([^\n]+?(?:, from userid (\d{1,10}))?\)\n\tid (\w+); ")
 MOST_RECORD_BYTES, MOST_JUMPS = 1 << 16, 10_000  # line_length_limit is 2048; record.c of Postfix
 
 
@@ -1079,8 +1079,8 @@ def read_submitter(queue_id: str, queue: str) -> ClientSocket:
     try:
         with open(open_queue_file(queue_id, queue), "rb", MOST_RECORD_BYTES) as file:
             is_own, top = read_top(read_records(file))
-        match = re.match(FIRST_HEADER % queue_id.encode(), top)
-        if match is None or not (match[1] or is_own):
+        match = FIRST_HEADER.match(top)
+        if match is None or match[2] != queue_id.encode() or not (match[1] or is_own):
             raise ValueError("the first header is not Postfix's own: do header_checks change it?")
         return ClientSocket(int(match[1])) if match[1] else REMOTE
     except (OSError, ValueError) as error:

@@ -57,7 +57,7 @@ def held(postfix: mta.Postfix, n: int = 1) -> list[str]:
     def queue() -> list[str]:
         return [one["queue_id"] for one in postfix.postqueue() if one["queue_name"] == "hold"]
     mta.wait_for(lambda: len(queue()) == n, what=f"{n} held messages")
-    assert not any((postfix.directory / "queue/maildrop").iterdir())
+    mta.wait_for(lambda: not any((postfix.directory / "queue/maildrop").iterdir()), what="maildrop to be empty")
     return [postfix.run("postcat", "-qh", queue_id).stdout for queue_id in sorted(queue())]
 
 
