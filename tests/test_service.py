@@ -188,13 +188,13 @@ def test_the_install_line_puts_both_units_and_nothing_else_into_place(tmp_path: 
 
 def test_the_upgrade_lines_take_over_the_settings_of_a_script(tmp_path: pathlib.Path, root: None) -> None:
     """Of 1.0, where they stood at its top; what they make is a settings file, all in force but the timeout."""
-    install = README.read_text().partition("\n## Install\n")[2].partition("\n## ")[0]
-    line = re.search(r"^    (sed -n .*)$", install, re.M)[1]
+    changes = README.read_text().partition("\n## Changes\n")[2].partition("\n## ")[0]
+    line = re.search(r"^    (sed -n .*)$", changes, re.M)[1]
     former, conf = tmp_path / "milter_sysuser-1.0.py", tmp_path / "milter_sysuser.conf"
     settings = {"blocked_mailusers": ["mst-bob"], "timeout": 300, "hourly_limits": {"*": 200}}
     source = re.sub(r"^settings_file = .*\n", "", mta.edit_settings(mta.SCRIPT.read_text(), settings), flags=re.M)
     former.write_text(source)
-    line = line.replace("/root/milter_sysuser-1.0.py", str(former)).replace("/etc/milter_sysuser.conf", str(conf))
+    line = line.replace("/usr/local/sbin/milter_sysuser.py", str(former)).replace("/etc/milter_sysuser.conf", str(conf))
     subprocess.run(["sh", "-ec", line], check=True)
     values = {**DEFAULTS, "settings_file": str(conf)}
     sources, problems = ms.take_settings_file(values)

@@ -346,23 +346,3 @@ def test_while_redis_is_down_mail_passes_uncounted(counted: Site) -> None:
 def test_while_rspamd_is_down_mail_passes_uncounted(counted: Site) -> None:
     """The smarthost's default_action=accept."""
     pass_while_down(counted, counted.rspamd)
-
-
-def test_mail_over_the_limit_is_held_where_that_is_wanted(counted: Site) -> None:
-    """On the smarthost, and uncounted; the node is rid of it, and the administrator lets it go."""
-    shutil.copytree(counted.place / "etc", counted.place / "etc.before")
-    try:
-        counted.run(recipe(HEADING)[2])
-        counted.fill("mst-alice")
-        counted.send("mst-alice", 1, 10)
-        held, = mta.wait_for(counted.smarthost.postqueue)
-        assert held["queue_name"] == "hold" and len(held["recipients"]) == 10 and not counted.waiting(1)
-        counted.wait_counts("mst-alice", 200, 200)
-        counted.smarthost.run("postsuper", "-H", held["queue_id"])
-        counted.smarthost.run("postqueue", "-f")
-        mta.wait_for(lambda: not counted.smarthost.postqueue(), what="the held message to be delivered")
-    finally:
-        shutil.rmtree(counted.place / "etc")
-        (counted.place / "etc.before").rename(counted.place / "etc")
-        counted.rspamd.stop()
-        counted.rspamd.start()
