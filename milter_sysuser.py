@@ -1209,7 +1209,7 @@ class Directory:
         """
         answers = self.answers[function]
         answer = answers.get(key)
-        patience = AGAIN_SECONDS if answer else FIRST_SECONDS
+        patience = AGAIN_SECONDS if answer or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
         for _ in range(2):  # the first question may have been put before the state changed
             if is_current(answer, state):
@@ -1228,7 +1228,7 @@ class Directory:
             if asked:
                 return asked
             asked = time.monotonic(), threading.Event()
-            if self.ending or len(self.asked) >= MOST_QUESTIONS:
+            if len(self.asked) >= MOST_QUESTIONS:
                 return float("-inf"), asked[1]  # nobody waits for it
             try:
                 threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
@@ -1251,7 +1251,7 @@ class Directory:
         answered.set()
 
     def end(self) -> None:
-        """Let nobody wait any more, as the milter is told to end."""
+        """Let nobody wait for long any more, as the milter is told to end."""
         with self.lock:
             self.ending = True
             for _, answered in self.asked.values():
@@ -3143,7 +3143,7 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     In a session that is cut off the MTA would go on without us. A second signal does that at once.
     """
     told, left = [signals.get()], 1
-    SysuserMilter.directory.end()
+    threading.Timer(AGAIN_SECONDS, SysuserMilter.directory.end).start()
     SysuserMilter.path = ""
     deadline = time.monotonic() + STOP_SECONDS
     if aside:  # new ones wait with the service manager
