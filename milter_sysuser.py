@@ -734,6 +734,10 @@ class Diag(NamedTuple):
     sent: int  # 0 before Linux 4.19
     interface: int  # the index of the device that it is bound to; 0: none
 
+    def can_be_behind(self, mta_end: Diag) -> bool:
+        """Tell whether a socket that dialled the same can be the client of the MTA's end."""
+        return self.received <= mta_end.sent and (self.inode > 0 or self.state != FIN_WAIT2)
+
 
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
@@ -768,7 +772,8 @@ class KernelLookup:
 
         server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
         """
-        server = whole_end(server, client, lambda: (one[1:3] for one in self.dump(0, client.port) if one.inode))
+        server = whole_end(server, client, lambda: (diag[1:3] for diag in self.dump(0, client.port)
+                                                    if diag.inode))
         client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
             return REMOTE
@@ -793,12 +798,9 @@ class KernelLookup:
         dialled = self.what_was_dialled(mta_end)
         if isinstance(dialled, str):
             return unknown(dialled)
-        client_end, uids = None, set()
-        for diag in self.dump(0, dialled.port):
-            if diag.destination == dialled:
-                client_end = diag if diag.source == client else client_end
-                if diag.received <= mta_end.sent and (diag.inode or diag.state != FIN_WAIT2):
-                    uids.add(diag.uid)
+        dialling = [diag for diag in self.dump(0, dialled.port) if diag.destination == dialled]
+        client_end = next((diag for diag in dialling if diag.source == client), None)
+        uids = {diag.uid for diag in dialling if diag.can_be_behind(mta_end)}
         now = self.find(server, client)
         if client_end is None or now is None or now.state != ESTABLISHED:
             return unknown("closed")
@@ -823,9 +825,9 @@ class KernelLookup:
         return diag if found == (source, destination, True) else None  # it may offer a listener
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
-        """Look for one socket by both ends among all; None if there is none, or several.
+        """Look for one socket by both ends in the list; None if there is none, or several.
 
-        Of those with the same ends, bound to a device or not, "find" sees one, be its state what it may.
+        Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
         """
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
@@ -851,7 +853,7 @@ class KernelLookup:
         return route[7] in (RTN_LOCAL, RTN_ANYCAST)  # rtm_type of struct rtmsg
 
     def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
-        """Send one request and give the body of its answer, or of each for NLM_F_DUMP; OSError as the kernel's.
+        """Send one request; give the body of its answer, or of each for NLM_F_DUMP; OSError, as it says.
 
         It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
         returns, and to give the lock up costs several times as much under load.
@@ -892,7 +894,8 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
 
 
-def whole_end(server: Optional[Endpoint], client: Endpoint, pairs: Callable[[], Iterable[Any]]) -> Optional[Endpoint]:
+def whole_end(server: Optional[Endpoint], client: Endpoint,
+              pairs: Callable[[], Iterable[Any]]) -> Optional[Endpoint]:
     """Give the MTA's end; where the MTA does not say all of it, the one that has this peer, or None.
 
     pairs: gives both ends of each socket.
@@ -927,9 +930,10 @@ TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Li
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
     """Build a question for one socket, given by both ends."""
-    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), STATES_MASK,
-                             source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
-                             source.address, destination.address, interface, ANY_COOKIE)
+    return DIAG_REQUEST.pack(
+        FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), STATES_MASK,
+        source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+        source.address, destination.address, interface, ANY_COOKIE)
 
 
 def read_diag(body: bytes) -> Diag:
@@ -950,8 +954,10 @@ def read_diag(body: bytes) -> Diag:
         near, far = near[:4], far[:4]
     elif near.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped, and so is the other end
         near, far = near[12:], far[12:]
-    return Diag(state, Endpoint(near, int.from_bytes(near_port, "big")), Endpoint(far, int.from_bytes(far_port, "big")),
-                uid, inode, cookie, cgroup, max(0, received - unread), received, sent, interface)
+    source = Endpoint(near, int.from_bytes(near_port, "big"))
+    destination = Endpoint(far, int.from_bytes(far_port, "big"))
+    return Diag(state, source, destination, uid, inode, cookie, cgroup, max(0, received - unread), received,
+                sent, interface)
 
 
 class PsutilLookup:
@@ -1203,7 +1209,7 @@ class Directory:
         """
         answers = self.answers[function]
         answer = answers.get(key)
-        patience = AGAIN_SECONDS if answer else FIRST_SECONDS
+        patience = AGAIN_SECONDS if answer or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
         for _ in range(2):  # the first question may have been put before the state changed
             if is_current(answer, state):
@@ -1222,7 +1228,7 @@ class Directory:
             if asked:
                 return asked
             asked = time.monotonic(), threading.Event()
-            if self.ending or len(self.asked) >= MOST_QUESTIONS:
+            if len(self.asked) >= MOST_QUESTIONS:
                 return float("-inf"), asked[1]  # nobody waits for it
             try:
                 threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
@@ -1245,7 +1251,7 @@ class Directory:
         answered.set()
 
     def end(self) -> None:
-        """Let nobody wait any more, as the milter is told to end."""
+        """Let nobody wait for long any more, as the milter is told to end."""
         with self.lock:
             self.ending = True
             for _, answered in self.asked.values():
@@ -3137,7 +3143,7 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     In a session that is cut off the MTA would go on without us. A second signal does that at once.
     """
     told, left = [signals.get()], 1
-    SysuserMilter.directory.end()
+    threading.Timer(AGAIN_SECONDS, SysuserMilter.directory.end).start()
     SysuserMilter.path = ""
     deadline = time.monotonic() + STOP_SECONDS
     if aside:  # new ones wait with the service manager

@@ -213,3 +213,16 @@ def test_no_session_waits_for_others_whose_lookups_take_long(users: types.Simple
                 assert time.monotonic() - began <= 0.5
                 for wire in slow + quick:
                     wire.sock.close()
+
+
+def test_a_message_of_too_many_headers_is_refused_and_logged_and_the_next_one_is_not(mail: types.SimpleNamespace) -> None:
+    """Of the same connection; the line has the queue id and the user, as any other."""
+    code = ("import smtplib, sys; client = smtplib.SMTP('127.0.0.1', int(sys.argv[1]))\n"
+            "for count in 1200, 900, 1200, 900:\n"
+            "    try: print(client.sendmail('a@example.org', 'b@example.org', 'X: y\\r\\n' * count + '\\r\\nbody\\r\\n'))\n"
+            "    except smtplib.SMTPDataError as refusal: print(refusal.smtp_code, refusal.smtp_error.decode())")
+    ran = mta.run_as("mst-alice", [mta.PYTHON, "-c", code, str(mail.postfix.port)])
+    assert ran.stdout.splitlines() == ["550 5.7.1 More than 1000 headers", "{}"] * 2, ran.stderr
+    lines = [line.split(maxsplit=3)[3] for line in mail.milter.wait_lines("user=mst-alice", 4)]
+    assert [line.rpartition(" action=")[2] for line in lines] == ["reject reason=headers", "tag"] * 2
+    assert all(len(line.partition(":")[0]) > 9 and " rcpts=1 " in line for line in lines), lines
