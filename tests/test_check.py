@@ -242,7 +242,7 @@ def test_postfix_is_asked_whether_it_uses_this_socket(main_cf: dict, smtpd: dict
 
 
 def test_where_a_map_chooses_milters_no_setting_is_advised_against_it(check: Any) -> None:
-    """As in the README's "Only local mail to the milter"."""
+    """As in main.cf.example."""
     found = check({"smtpd_milters": "", "smtpd_milter_maps": "cidr:/etc/postfix/milter_local.cidr"})
     assert found.cure("Postfix: smtpd_milters").endswith(
         "look whether smtpd_milter_maps does: cidr:/etc/postfix/milter_local.cidr")

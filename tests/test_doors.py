@@ -294,7 +294,7 @@ def test_where_the_milter_is_listed_twice_neither_session_takes_the_other_for_a_
 
 def test_smtpd_milter_maps_keeps_remote_mail_away_from_the_milter(make_mail: Callable, users: Any,
                                                                   tmp_path: pathlib.Path) -> None:
-    """127.0.0.2 stands for a remote client: as README.md says, only the addresses in the table see the milter."""
+    """127.0.0.2 stands for a remote client: as main.cf.example says, only the addresses in the table see the milter."""
     table = tmp_path / "milter_local.cidr"
     table.write_text(f"127.0.0.1/32 {MILTER}\n::1/128 {MILTER}\n")
     mail = make_mail({"main_cf": {"smtpd_milters": "", "smtpd_milter_maps": f"cidr:{table}"}})

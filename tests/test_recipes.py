@@ -422,6 +422,22 @@ def test_only_what_was_queued_is_deleted_from_the_queue(tmp_path: pathlib.Path) 
         assert ran.stdout.split() == found and not ran.stderr
 
 
+def test_one_sites_mail_is_deleted_where_all_run_as_one_user(tmp_path: pathlib.Path) -> None:
+    """By the directory; another's message that says it in an address stays."""
+    line = ("{}: client=127.0.0.1:1 user=www-data uid=33 program=php pid=2 exe=/usr/bin/php dir={} unit=? from={} "
+            "rcpts=1 action=tag\n")
+    log = tmp_path / "log"
+    log.write_text("".join(line.format(*fields) for fields in (
+        ("B1", "/srv/site2/uploads", "x@example.org"), ("B2", "/srv/site22/uploads", "x@example.org"),
+        ("B3", "/srv/site3", '"x dir=/srv/site2/uploads y@example.org"'), ("B4", "/srv/site2/", '"x y@example.org"'))))
+    old, new = "user=bob .*", re.search(r"put `([^`]*)` in the place\s+of\s+`user=bob \.\*`", mta.README.read_text())[1]
+    block = recipe("Ban a user now")[2]
+    assert old in block
+    commands = f"journalctl() {{ cat {log}; }}; postsuper() {{ cat; }}\n" + block.replace(old, new)
+    ran = subprocess.run(["sh", "-c", commands], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.split() == ["B1", "B4"] and not ran.stderr
+
+
 def test_everyone_is_limited_but_one(make_mail: Callable, users: types.SimpleNamespace) -> None:
     """The 201st recipient is refused, and the one who is exempt goes on."""
     limits = setting("Limit everyone to 200 recipients an hour and 1,000 a day")
