@@ -124,7 +124,7 @@ def test_a_file_serves_in_the_place_of_the_journal(make_mail: Callable, administ
 
 FIELDS, TOP = "Read the log in a script", "List the top senders, directories and units of the day"
 CONTAINER = "Find which container sent"
-REFUSED, BLOCK = "Mail root who was refused in the last hour", "Block whoever was refused ten times in an hour"
+MAIL, BLOCK = "Mail root what needs somebody, and who was refused", "Block whoever was refused ten times in an hour"
 METRICS = "Show messages and recipients in Prometheus"
 REFUSALS = "reject", "tempfail", "quarantine"
 
@@ -272,27 +272,29 @@ def test_the_container_that_sent_is_found(reader: Callable, tmp_path: pathlib.Pa
 
 
 def test_root_is_mailed_what_needs_somebody(make_logged: Callable, reader: Callable, users: types.SimpleNamespace) -> None:
-    """A user at four fifths of his limit and over it, each once; in a quiet hour nothing is printed."""
+    """A user at four fifths of his limit and over it, each once, then his refusals; in a quiet hour nothing is printed."""
     mail = make_logged(hourly_limits={"mst-bob": 5}, unidentified_action="tempfail")
-    reader(recipe("Mail root what needs somebody")[0])
-    assert reader("/etc/cron.hourly/milter-warnings", mail.milter.log()) == ""
+    reader(recipe(MAIL)[0])
+    assert reader("/etc/cron.hourly/milter-mail", mail.milter.log()) == ""
     mta.run_as("mst-bob", mta.smtp(mail.postfix.port, "--messages", "8"))
     mail.milter.wait_lines("action=", 8)
-    assert reader("/etc/cron.hourly/milter-warnings", mail.milter.log()).splitlines() == [
-        "user=mst-bob has addressed 4 of 5 recipients an hour", "user=mst-bob is over the limit of 5 recipients an hour"]
+    *warnings, refused = reader("/etc/cron.hourly/milter-mail", mail.milter.log()).splitlines()
+    assert warnings == ["user=mst-bob has addressed 4 of 5 recipients an hour",
+                        "user=mst-bob is over the limit of 5 recipients an hour"]
+    assert refused.split() == ["3", "mst-bob", "limit", "tempfail"]
 
 
 def test_root_is_mailed_who_was_refused(reader: Callable) -> None:
     """How often, by user, reason and action, in the hour that has passed; where nobody was, nothing is printed."""
     made, log = made_log()
-    reader(recipe(REFUSED)[0], log)
-    answer = reader("/etc/cron.hourly/milter-refused")
+    reader(recipe(MAIL)[0], log)
+    answer = reader("/etc/cron.hourly/milter-mail")
     print(answer)
     refused = collections.Counter(f"{quoted(m.user)}\t{m.reason}\t{m.action}" for m in made if m.action in REFUSALS)
     found = [line.lstrip().split(" ", 1) for line in answer.splitlines()]
     assert {name: int(times) for times, name in found} == refused
     assert [int(times) for times, _ in found] == sorted(refused.values(), reverse=True)
-    assert reader("/etc/cron.hourly/milter-refused", "<6>milter_sysuser started\n") == ""
+    assert reader("/etc/cron.hourly/milter-mail", "<6>milter_sysuser started\n") == ""
 
 
 def test_whoever_is_refused_ten_times_is_on_the_block_list(reader: Callable, tmp_path: pathlib.Path) -> None:
