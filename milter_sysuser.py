@@ -77,45 +77,42 @@ VERSION = "3.0"
 
 # The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that
 # run_as_user may write to. Where systemd hands the socket over, ListenStream= of its unit counts.
-# The trap: Postfix's smtpd may be chrooted. A path below /var/spool/postfix works either way, if
+# The trap: Postfix's smtpd may be chrooted; a path below /var/spool/postfix works either way, if
 # main.cf names it without that prefix. Example: "/run/milter_sysuser/milter.sock", for Sendmail
 socketname = "/var/spool/postfix/private/milter.sock"
 
-# Seconds to wait for the MTA to go on with a message before its connection is dropped; 0: never
-# (24 days, the longest there is). The trap: where the MTA has default_action=accept, whoever sends
-# more slowly than this is let through unseen, forged header and all. Example: 7200
+# Seconds to wait for the MTA before its connection is dropped; 0: never (24 days). The trap: where
+# the MTA has default_action=accept, whoever sends more slowly is let through unseen. Example: 7200
 timeout = 0
 
-# The user to become when started as root, for good: the one the MTA's smtpd runs as. Already being
-# that user is fine. None: stay as started. The trap: started as root with None, the mail-facing
-# process stays root, and only root may connect to its socket. Example: "milter-sysuser"
+# The user to become for good when started as root: the one the MTA's smtpd runs as. The trap:
+# started as root with None, which is to stay as started, the mail-facing process stays root, and
+# only root may connect to its socket. Example: "milter-sysuser"
 run_as_user = "postfix"
 
-# Who may not send mail: user names, numeric uids, "@group" for everyone in a group. Names may
-# contain blanks. The trap: digits in quotes are a uid, and also the user of that name if there is
-# one. Example: ["bob", 1004, "@suspended"]
+# Who may not send mail: user names (also with blanks), uids, "@group" for all in a group. The trap:
+# digits in quotes are a uid, and the user of that name. Example: ["bob", 1004, "@suspended"]
 blocked_mailusers = []
 
-# A file with one such entry a line, "#" begins a comment; read again when it changes, without a
-# restart. It must belong to root or run_as_user and be writable by its owner only. The trap: a file
-# edited in place is empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
+# A file with one such entry a line, "#" begins a comment; read again when it changes. Only its
+# owner, root or run_as_user, may have the right to write to it. The trap: a file edited in place is
+# empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
 blocked_mailusers_file = None
 
-# Who alone may send mail: a list of such entries, or None for everyone. Everyone else is treated as
-# blocked, and the block lists apply as well. The trap: mailing lists, content filters and root send
-# mail, too. Example: ["@customers", "root"]
+# Who alone may send mail: a list of such entries, or None for everyone. All others are blocked, and
+# the block lists apply as well. The trap: mailing lists, content filters and root send mail, too.
+# Example: ["@customers", "root"]
 allowed_mailusers = None
 
 # What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again),
-# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed and tagged, and the log says what
-# would have been done). The trap: a program without a queue loses mail by "tempfail", too.
-# Example: "quarantine"
+# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed, and the log says so). The trap: a
+# program without a queue loses mail by "tempfail", too. Example: "quarantine"
 blocked_action = "reject"
 
 # What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail",
-# "quarantine" or "reject" (550; 450 where the client is not at fault). The trap: a user can arrange
-# to be unknown by closing early. With "accept" a blocked user's mail can pass that way, unnamed; with
-# the others a client that is merely hasty is refused. Example: "quarantine"
+# "quarantine" or "reject" (550; 450 where the client is not at fault). The trap: by closing early a
+# blocked user can arrange to be unknown, and "accept" lets that pass; the others also stop a client
+# that is merely hasty. Example: "quarantine"
 unidentified_action = "accept"
 
 # How many recipients a user may address in any hour, by SMTP and by sendmail(1) together: by name
@@ -123,14 +120,13 @@ unidentified_action = "accept"
 # too, and the count is lost at a restart. Example: {"*": 200, "www-data": 1000, "root": None}
 hourly_limits = {}
 
-# The same for any day, counted in steps of an hour. The trap: a restart begins a new day, for a
-# user who is over his limit as well. Example: {"*": 1000, "newsletter": 50000, "root": None}
+# The same for any day, in steps of an hour. The trap: a restart begins a new day, also for a user
+# over his limit. Example: {"*": 1000, "newsletter": 50000, "root": None}
 daily_limits = {}
 
 # The networks of this host's containers (docker, podman, LXC): their clients are named, too, by the
 # kernel's uid as a number. It takes the helper. The trap: a container without a user namespace has
-# the host's uids, its root is uid 0, and lists and limits count it as that.
-# Example: ["172.17.0.0/16", "fd00:17::/64"]
+# the host's uids, its root is uid 0. Example: ["172.17.0.0/16", "fd00:17::/64"]
 container_networks = []
 
 # The name of the header that is added, and removed wherever else it comes from. The trap: a new
@@ -138,9 +134,8 @@ container_networks = []
 header_name = "X-Sender-Process-Info"
 
 # What the header says, in this order: user, uid, program, pid, exe, args (the command line), dir
-# (working directory), unit (systemd unit or container). []: no header is added, forged ones are
-# still removed. The trap: the header leaves with the mail, and args can hold passwords.
-# Example: ["user"]
+# (working directory), unit (systemd unit or container). []: none is added, forged ones still go.
+# The trap: the header leaves with the mail, and args can hold passwords. Example: ["user"]
 header_fields = ["user", "program"]
 
 # The same choice for the log. The trap: the README's recipes expect the fields as delivered.
@@ -152,9 +147,9 @@ log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 # Example: ["/usr/bin/lsof"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 
-# A file of lines "name = value" that override the settings above, if it exists; None: no file. It
-# is never executed. It must belong to root, or to whoever starts this, and be writable by its owner
-# only. The trap: a value there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
+# A file of lines "name = value" that override the settings above; None: no file. It is not executed.
+# Only its owner, root or who starts this, may have the right to write to it. The trap: a value
+# there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
 settings_file = "/etc/milter_sysuser.conf"
 # =============================================================================== end of settings
 
