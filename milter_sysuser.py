@@ -147,7 +147,7 @@ log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 # Example: ["/usr/bin/lsof"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 
-# A file of lines "name = value" that override the settings above; None: no file. It is not executed.
+# A file of lines "name = value" that override the settings above; None: no file. Never executed.
 # Only its owner, root or who starts this, may have the right to write to it. The trap: a value
 # there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
 settings_file = "/etc/milter_sysuser.conf"
@@ -228,7 +228,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.sender, self.recipients, self.queue_id = "", 0, None
         self.commands, self.headers = 0, 0
         self.forged: list[str] = []
-        self.hidden = False  # whether a header of our name stands behind a bare CR
+        self.refused: Optional[Verdict] = None  # for its headers
 
     def negotiate(self, opts: list[int]) -> int:
         """Ask the MTA for the server's end (pymilter's own symlist fails on Python 3)."""
@@ -283,7 +283,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
-        self.try_to_confirm()
+        if self.owner.uid is not None:
+            with contextlib.suppress(OSError, psutil.Error):  # at the end it is tried again
+                self.confirm()
         return self.answer()
 
     def answer(self) -> int:
@@ -293,18 +295,11 @@ class SysuserMilter(Base):  # type: ignore[misc]
             make_room()
         return int(Milter.CONTINUE)
 
-    def try_to_confirm(self) -> None:
-        """Confirm the owner if that can be done now; at the end it is tried again."""
-        if self.owner.uid is not None:
-            with contextlib.suppress(OSError, psutil.Error):
-                self.confirm()
-
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
         self.sender, self.recipients, self.queue_id = sender, 0, None
-        self.headers, self.forged, self.hidden, self.account = 0, [], False, None
-        self.try_to_confirm()
-        return self.answer()
+        self.headers, self.forged, self.refused, self.account = 0, [], None, None
+        return self.hello(sender)
 
     # The MTA waits for the answer to a recipient and to a header. Did it not, a client could let it
     # write half a command, or have the next one there for as long as he likes; see make_room.
@@ -330,13 +325,18 @@ class SysuserMilter(Base):  # type: ignore[misc]
         A message with more headers than any honest one has is refused at once.
         """
         self.headers += 1
-        if self.headers > MOST_HEADERS and not self.submitted:  # which can be held at its end only
-            return self.eom()
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
+            if len(self.forged) > MOST_FORGED:
+                self.refused = Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
         if "\r" in value or "\r" in name:
             ours = rf"[\r\n]{re.escape(header_name)}[\x00-\x20]*:"
-            self.hidden |= bool(re.search(ours, f"{name}:{value}", re.IGNORECASE))
+            if re.search(ours, f"{name}:{value}", re.IGNORECASE):
+                self.refused = Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
+        if self.headers > MOST_HEADERS:
+            self.refused = Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
+            if not self.submitted:  # which can be held at its end only
+                return self.eom()
         return int(Milter.CONTINUE)
 
     def eom(self) -> int:
@@ -448,17 +448,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def judge(self, sender: Sender, by_memory: bool = False) -> Verdict:
         """Say what becomes of the message; by_memory: by the lists as they were last, without limits."""
-        refused = self.refusal_of_headers()
-        if refused:
-            return refused
-        if self.owner is REMOTE:
-            return Verdict("pass")
-        blocked = self.blocked.entries if by_memory else self.blocked.now()
-        allowed = None
-        if self.allowed:
-            allowed = self.allowed.entries if by_memory else self.allowed.now()
-        for suspect in sender.suspects():
-            refused = refusal_of(suspect, blocked, allowed)
+        if self.refused or self.owner is REMOTE:
+            return self.refused or Verdict("pass")
+        blocked, *allowed = [users.entries if by_memory else users.now()
+                             for users in (self.blocked, self.allowed) if users]
+        suspects = (sender.account,) if sender.account else (sender.maybe, sender.holder)
+        for suspect in filter(None, suspects):
+            refused = refusal_of(suspect, blocked, *allowed)
             if refused:
                 return refused
         if sender.account is None:
@@ -466,16 +462,6 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if unidentified_action != "accept" and is_unsaid(sender.account, blocked):
             return unidentified("error")
         return self.limits.verdict(sender.account, self.recipients) or passed()
-
-    def refusal_of_headers(self) -> Optional[Verdict]:
-        """Refuse headers that are too many, or forged in a way that cannot be removed; None: they are not."""
-        if self.headers > MOST_HEADERS:
-            return Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
-        if len(self.forged) > MOST_FORGED:
-            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
-        if self.hidden:
-            return Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
-        return None
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""
@@ -494,8 +480,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Write the message's one line."""
         pairs: list[tuple[str, Any]] = [("client", self.client)]
         pairs += sender.values(log_fields) if self.owner is not REMOTE else []
-        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients)]
-        pairs += [("action", verdict.action)]
+        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients), ("action", verdict.action)]
         pairs += [("reason", verdict.reason)] if verdict.reason else []
         pairs += [("lookup", sender.lookup)] if sender.lookup else []
         for key, account in ("maybe", sender.maybe), ("holder", sender.holder):
@@ -527,7 +512,7 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
     """
     session = getattr(THIS_THREAD, "session", None)
     if kind is UnicodeDecodeError and session and not session.confirmed:
-        session.try_to_confirm()
+        session.hello("")
     if complain(f"a callback failed: {kind.__name__}") and kind is not UnicodeDecodeError:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             say(ERROR, "  " + line.encode("ascii", "backslashreplace").decode())
@@ -576,11 +561,6 @@ class Sender(NamedTuple):
     facts: Facts = {}
     maybe: Optional[Account] = None  # who was seen, and could not be confirmed
     holder: Optional[Account] = None  # who has the socket, if that is somebody else
-
-    def suspects(self) -> list[Account]:
-        """Give whom the lists are asked about: the sender, else all who may be him."""
-        accounts = (self.account,) if self.account else (self.maybe, self.holder)
-        return [account for account in accounts if account]
 
     def values(self, fields: Iterable[str]) -> list[tuple[str, Any]]:
         """Give the fields of a header or log line with their values, None where one is unknown."""
@@ -1556,7 +1536,7 @@ def is_unsaid(account: Account, entries: Entries) -> bool:
     return any(entries)
 
 
-def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
+def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = None) -> Optional[Verdict]:
     """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
     if is_listed(account, blocked):
         return refusal("blocked", account.name or account.uid)
