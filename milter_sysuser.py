@@ -448,8 +448,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def judge(self, sender: Sender, by_memory: bool = False) -> Verdict:
         """Say what becomes of the message; by_memory: by the lists as they were last, without limits."""
-        if self.refused or self.owner is REMOTE:
-            return self.refused or Verdict("pass")
+        if self.refused:
+            return self.refused
+        if self.owner is REMOTE:
+            return Verdict("pass")
         blocked, *allowed = [users.entries if by_memory else users.now()
                              for users in (self.blocked, self.allowed) if users]
         suspects = (sender.account,) if sender.account else (sender.maybe, sender.holder)
@@ -707,14 +709,8 @@ class Diag(NamedTuple):
 
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
-    return Endpoint(packed(address), port)
-
-
-@functools.lru_cache(maxsize=1024)
-def packed(address: str) -> bytes:
-    """Give an address as its four or sixteen bytes; ValueError if it is none."""
     ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
-    return (getattr(ip, "ipv4_mapped", None) or ip).packed
+    return Endpoint((getattr(ip, "ipv4_mapped", None) or ip).packed, port)
 
 
 class KernelLookup:
@@ -780,11 +776,12 @@ class KernelLookup:
         return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
 
     def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
-        """Give the MTA's end, found by its peer where the MTA does not say all of it; None: not found."""
-        if is_whole(server):
+        """Give the MTA's end, by its peer where the MTA does not say all of it; None: none, or several."""
+        if server and server.port and any(server.address):  # no wildcard
             return server
         sockets = self.dump(server.port if server else 0, client.port)
-        return server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+        ends = {diag.source for diag in sockets if diag.destination == client and diag.inode}
+        return ends.pop() if len(ends) == 1 else None
 
     def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
         """Ask for one socket by both ends; None if there is none.
@@ -870,17 +867,6 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
 
 
-def is_whole(end: Optional[Endpoint]) -> bool:
-    """Tell whether the MTA says all of an end: an address that is no wildcard, and a port."""
-    return end is not None and end.port > 0 and any(end.address)
-
-
-def server_end(client: Endpoint, sockets: Iterable[tuple[Endpoint, Endpoint]]) -> Optional[Endpoint]:
-    """Find the MTA's end among sockets, by its peer; None if there is none, or several."""
-    ends = {near for near, far in sockets if far == client}
-    return ends.pop() if len(ends) == 1 else None
-
-
 def checked(result: int) -> int:
     """Pass on what a C function returned; OSError if it failed."""
     if result < 0:
@@ -945,7 +931,9 @@ class PsutilLookup:
         """Say who has the client's end; psutil.Error, OSError."""
         found = {(endpoint(*one.laddr), endpoint(*one.raddr)): one.pid
                  for one in psutil.net_connections("tcp") if one.raddr}
-        server = server if is_whole(server) else server_end(client, found)
+        servers = [near for near, far in found if far == client]
+        if (client, server) not in found and len(servers) == 1:
+            server = servers[0]  # the MTA does not say all of its end
         if (client, server) not in found:
             local = ipaddress.ip_address(client.address) in own_addresses()
             return unknown("closed") if local or client.address[:1] == b"\x7f" else REMOTE
@@ -982,7 +970,7 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
     try:
         lookup = KernelLookup(what_was_dialled)
         lookup.dump(1, 1)
-        local = lookup.is_local(packed("127.0.0.1"))
+        local = lookup.is_local(socket.inet_aton("127.0.0.1"))
     except FileNotFoundError:
         return PsutilLookup(), "sock_diag does not know TCP (is the tcp_diag module there?)"
     except OSError as error:
@@ -996,9 +984,7 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             return lookup, f"sock_diag could not be tried, all ports are taken: {error.strerror}"
         raise
-    if diag is None:
-        return PsutilLookup(), "sock_diag does not find a connection that exists"
-    if (diag.uid, diag.inode, local) != (*expected, True):
+    if diag is None or (diag.uid, diag.inode, local) != (*expected, True):
         return PsutilLookup(), "sock_diag and rtnetlink are wrong about a connection of our own"
     return lookup, ""
 
@@ -1011,8 +997,7 @@ OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
 def mapped_uids() -> int:
     """Count the uids that this process's user namespace maps; ALL_UIDS on the host itself."""
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return sum(int(line.split()[2]) for line in file)
+        return sum(int(line.split()[2]) for line in read_file("/proc/self/uid_map").splitlines())
     except FileNotFoundError:  # a kernel without user namespaces
         return ALL_UIDS
 
@@ -1775,7 +1760,7 @@ class Describer:
                 if not whole(number) or not whole(holder) or holder >= 1 << 32:
                     raise ValueError
                 if "address" in facts:
-                    packed(facts["address"])
+                    endpoint(facts["address"], 0)
                     struct.pack("=H", facts["port"])
             except (ValueError, KeyError, TypeError, RecursionError, struct.error):
                 complain("the helper gave an answer that is none")
@@ -2327,9 +2312,7 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     networks = map(ipaddress.ip_network, container_networks)
     if isinstance(lookup, PsutilLookup) or not any(ipaddress.ip_address(client.address) in one for one in networks):
         return REMOTE
-    if not is_whole(server):
-        sockets = lookup.dump(server.port if server else 0, client.port)
-        server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+    server = lookup.whole(server, client)
     mta_end = lookup.find_on_any_device(server, client) if server else None
     if mta_end is None:
         return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
