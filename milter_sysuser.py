@@ -156,36 +156,14 @@ settings_file = "/etc/milter_sysuser.conf"
 FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
 REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
 UNIDENTIFIED = "Sender process could not be identified"
-# Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
-OUR_FAULTS = {"busy", "container", "error", "no-helper", "not-permitted", "timeout"}
-ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
-LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
-
-EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-STOP_SECONDS = 10.0  # for open sessions to end
-MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
 # Of all headers. A hundred hops (RFC 5321, 6.3) and fifty ARC sets of three (RFC 8617, 4.2.1) leave
-# as much again and more for what programs add.
-MOST_HEADERS = 1000
+# as much again and more for programs. To remove n forged ones takes the MTA n * n steps.
+MOST_HEADERS, MOST_FORGED = 1000, 100
 RIVAL_SECONDS = 0.3  # what a session waits at most for another's queue id
-COMPLAINT_SECONDS = 60  # between two lines that complain of the same
-VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
-LINE_BYTES = 4000  # of a line in the log: below PIPE_BUF, so that a pipe takes all of it or nothing
-MOST_REMEMBERED = 10_000  # entries in each memory; the longest unused is forgotten first
-MOST_FILE_BYTES, MOST_WARNED = 1 << 20, 1000  # of a list of users; entries to look up for a warning
-MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
-
-M_ARENA_MAX = -8  # malloc.h of glibc
-
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
 SET_STACK_LIMITS = getattr(ctypes.pythonapi, "PyUnstable_ThreadState_SetStackProtection", None)
 ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
-ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
-                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
-# A line of the file: an entry in quotes or not, then a comment; "#" between two letters begins none.
-LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
 
 
 # ------------------------------------------------------------------------------------- the milter
@@ -580,6 +558,9 @@ class Verdict(NamedTuple):
     text: str = ""  # of the reply
 
 
+VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
+
+
 def escape(data: bytes, unsafe: bytes) -> bytes:
     r"""Write every byte of a class of a regular expression as \xNN."""
     return re.sub(unsafe, lambda byte: b"\\x%02x" % byte[0][0], data, flags=re.DOTALL)
@@ -609,13 +590,15 @@ def key_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
 
 def fold(words: list[str], taken: int) -> str:
     """Join words, breaking lines so that none passes 998 octets; taken: octets of the name."""
-    lines, room = [""], LINE_OCTETS - taken
+    text, room = "", LINE_OCTETS - taken + 1
     for word in words:
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > room:
-            lines.append("")
-            room = LINE_OCTETS - 1
-        lines[-1] += (" " if lines[-1] else "") + word
-    return "\n\t".join(lines)
+        fits = len(word) < room
+        room = (room if fits else LINE_OCTETS) - len(word) - 1
+        text += (" " if fits else "\n\t") + word
+    return text[1:]
+
+
+MOST_REMEMBERED = 10_000  # entries in each memory
 
 
 def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REMEMBERED) -> None:
@@ -626,8 +609,9 @@ def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REME
         del memory[next(iter(memory))]
 
 
-# systemd.io/JOURNAL_NATIVE_PROTOCOL; the facility is mail, as in the unit
-JOURNAL_FIELDS = b"PRIORITY=%d\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=%b\n"
+LEVELS = {3: "ERROR", 4: "WARNING", 6: "INFO"}  # syslog(3)
+ERROR, WARNING, INFO = LEVELS
+LINE_BYTES = 4000  # below PIPE_BUF, so that a pipe takes all of a line or nothing
 
 
 @functools.lru_cache(maxsize=1)
@@ -650,19 +634,21 @@ def say(level: int, text: str) -> None:
     """Write one line, with its level for journald (sd-daemon(3)), else with time and level."""
     with contextlib.suppress(OSError):  # a full disk or pipe must not reach the mail
         descriptor, journalled = log_target()
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        stamp = f"<{level}>" if journalled else f"{now} {LEVELS[level]} "
+        stamp = f"<{level}>" if journalled else time.strftime(f"%Y-%m-%d %H:%M:%S {LEVELS[level]} ")
         data = escape((stamp + text).encode("utf-8", "backslashreplace"), rb"[\x00-\x1f\x7f]")[:LINE_BYTES]
         try:
             if select.select([], [descriptor], [], 0)[1]:  # else nobody reads: the line is lost
                 os.write(descriptor, data + b"\n")
         except ConnectionError:
             if journalled:  # a journald that was stopped does not take its streams up again
+                # systemd.io/JOURNAL_NATIVE_PROTOCOL; the facility is mail, as in the unit
+                fields = b"PRIORITY=%d\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=%b\n"
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
                     journal.setblocking(False)
-                    journal.sendto(JOURNAL_FIELDS % (level, data[len(stamp):]), "/run/systemd/journal/socket")
+                    journal.sendto(fields % (level, data[len(stamp):]), "/run/systemd/journal/socket")
 
 
+COMPLAINT_SECONDS = 60  # between two lines that complain of the same
 COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
 
 
@@ -969,10 +955,8 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
         return PsutilLookup(), "there is no sock_diag here"
     try:
         lookup = KernelLookup(what_was_dialled)
-        lookup.dump(1, 1)
+        lookup.dump(1, 1)  # FileNotFoundError without the tcp_diag module
         local = lookup.is_local(socket.inet_aton("127.0.0.1"))
-    except FileNotFoundError:
-        return PsutilLookup(), "sock_diag does not know TCP (is the tcp_diag module there?)"
     except OSError as error:
         return PsutilLookup(), f"sock_diag: {error.strerror}"
     try:
@@ -1398,6 +1382,9 @@ class Entries(NamedTuple):
     unresolved: frozenset[str] = frozenset()  # entries that NSS does not know
 
 
+MOST_WARNED = 1000  # entries to look up for a warning
+
+
 class UserList:
     """A setting and a file of users as one list."""
 
@@ -1533,6 +1520,13 @@ def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = 
     return refusal("not-allowed", account.name or account.uid)
 
 
+ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
+                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
+# A line of the file: an entry in quotes or not, then a comment; "#" between two letters begins none.
+LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
+MOST_FILE_BYTES = 1 << 20  # of a list of users
+
+
 def whole(value: Any, most: int = 1 << 63) -> bool:
     """Tell whether it is a whole number from 0 to most; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
@@ -1638,6 +1632,10 @@ def over_limit(name: str, limit: str) -> Verdict:
     complain(f"user={name} is over the limit of {limit}", level=WARNING)
     action = "tempfail" if blocked_action in REFUSALS else blocked_action
     return Verdict(action, "limit", f"User {name} is over the limit of {limit}")
+
+
+# Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
+OUR_FAULTS = {"busy", "container", "error", "no-helper", "not-permitted", "timeout"}
 
 
 def passed() -> Verdict:
@@ -2857,6 +2855,11 @@ def container_made() -> Optional[Endpoint]:
 
 
 # ------------------------------------------------------------------------------- privilege, start
+EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+STOP_SECONDS = 10.0  # for open sessions to end
+MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
+M_ARENA_MAX = -8  # malloc.h of glibc
 # linux/capability.h
 CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, LINUX_CAPABILITY_VERSION_3 = 2, 19, 0x20080522
 CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
