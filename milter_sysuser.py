@@ -14,10 +14,8 @@ in the log:
 
 The user is the one who made the client's socket, as the kernel's sock_diag says it: blocking and
 limits rest on that alone. The program is what holds the socket at the time: a description, never a
-credential. What is not known is written "?", and is never turned into root or somebody else.
-
-It cannot know who is behind a relay on this host (docker-proxy, another network namespace, XCLIENT
-or PROXY), and it promises nothing against root. README.md has the whole list.
+credential. What is not known is written "?", and is never turned into root or somebody else. What
+cannot be known, as who is behind a relay on this host, is listed in README.md.
 
 To see who is named, read in this order: SysuserMilter (connect, confirm, identify),
 KernelLookup.find_client_socket, why_not_root, look_up_account. Who is refused: SysuserMilter.judge
@@ -171,12 +169,11 @@ class SysuserMilter(Base):  # type: ignore[misc]
     """One session of the MTA with a client; several messages may come through it.
 
     connect asks the kernel whose the client's socket is, and claims it. hello confirms that while
-    the client waits for the answer (envfrom, if the client says no EHLO): a client that goes on was
-    still connected. envrcpt has the process described, while he waits, too. eom decides, acts and
-    logs; header does, where there are too many.
+    the client waits for the answer: one that goes on was still connected. envrcpt has the process
+    described, while the client waits, too. eom decides, acts and logs.
     """
 
-    # Set once, in "prepare", for all sessions.
+    # Set once, at the start, for all sessions.
     lookup: Lookup
     directory: Directory
     blocked: UserList
@@ -185,10 +182,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
     describer: Describer
     path = ""  # of the socket that libmilter listens on
     queue = ""  # Postfix's queue_directory, where who called sendmail(1) is read
-    # The sessions by the socket of the MTA's that each took for its own: one each, or nobody knows
-    # whose a message is.
+    # Sessions by the socket of the MTA's that each took for its own: two cannot both be right.
     claims: dict[Any, list[SysuserMilter]] = {}
     claims_lock = threading.Lock()
+    this_thread = threading.local()  # whose session; pymilter keeps one thread state for each
 
     def __init__(self) -> None:
         self.begin()
@@ -210,9 +207,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def negotiate(self, opts: list[int]) -> int:
         """Ask the MTA for the server's end (pymilter's own symlist fails on Python 3)."""
-        # pymilter carries one thread state from worker thread to worker thread. Python 3.14 keeps
-        # the stack limits of the first, and ends the process when it finds itself outside of them
-        # (cpython gh-139653). Limits that every stack lies above switch that check off.
+        # pymilter takes one thread state from thread to thread. Python 3.14 keeps the first one's
+        # stack limits, and ends the process outside of them (cpython gh-139653): not outside of these.
         if SET_STACK_LIMITS:
             this_state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
             SET_STACK_LIMITS(this_state, ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
@@ -222,7 +218,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
-        THIS_THREAD.session = self  # pymilter keeps one thread state for each session
+        self.this_thread.session = self
         self.close()  # a session whose client is announced once more begins anew
         self.begin()
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
@@ -298,10 +294,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def header(self, name: str, value: str) -> int:
-        """Note a header that only we may write, also behind a bare CR, which some take for a line's end.
-
-        A message with more headers than any honest one has is refused at once.
-        """
+        """Note a header that only we may write, also behind a bare CR, which some take for a line's end."""
         self.headers += 1
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
@@ -313,12 +306,12 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 self.refused = Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
         if self.headers > MOST_HEADERS:
             self.refused = Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
-            if not self.submitted:  # which can be held at its end only
+            if not self.submitted:  # else it can only be held, at its end
                 return self.eom()
         return int(Milter.CONTINUE)
 
     def eom(self) -> int:
-        """Decide, act and log, the message being complete; or refused before it is."""
+        """Decide, act and log."""
         sender, verdict = Sender(None, "error"), Verdict("tempfail", "unidentified", UNIDENTIFIED)
         try:
             if self.submitted:
@@ -333,8 +326,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 seen = self.account or (None if uid is None else Account(uid, uid))
                 verdict = self.judge(Sender(None, "error", {}, seen), by_memory=True)
         if self.submitted and verdict.action in REFUSALS:
-            # A refusal would bounce to a sender that can be made up, or fill maildrop, which the MTA
-            # then reads again every minute.
+            # A refusal would bounce to a sender that can be made up, or stay in maildrop.
             verdict = verdict._replace(action="quarantine")
         for step in (self.act, self.write_log):
             try:
@@ -397,7 +389,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             time.sleep(0.002)
 
     def identify(self) -> Sender:
-        """Say who sent the message; or why that is not known, and who it may have been."""
+        """Say who sent the message, or who it may have been."""
         owner, facts = self.owner, self.facts
         if owner.uid is None:
             return Sender(None, "" if owner is REMOTE else owner.why)
@@ -471,26 +463,22 @@ class SysuserMilter(Base):  # type: ignore[misc]
 def make_room() -> None:
     """Have libmilter start another thread. To be called by a session that may keep its own for long.
 
-    Where libmilter has a pool of threads (worker.c, in Debian's build), it can give several sessions
-    to one thread that is still idle. The thread takes one, and stays with it while it has a command;
-    the others wait until any thread looks for work, which one does that was started for a new
-    connection, be it closed at once.
+    libmilter's pool of threads (worker.c, in Debian's build) can give several sessions to one idle
+    thread, which stays with the first while that has a command. The others wait until a thread looks
+    for work, as one does that is started for a new connection, be it closed at once.
     """
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         probe.connect(SysuserMilter.path)
 
 
-THIS_THREAD = threading.local()
-
-
 def report_exception(kind: Any, error: Any, trace: Any) -> None:
     """Log a traceback.
 
-    Where pymilter cannot decode some bytes, it calls this, as sys.excepthook, and not the callback.
-    If that was the name behind EHLO, the owner is confirmed here instead.
+    pymilter calls this, as sys.excepthook, and not the callback for bytes that it cannot decode. If
+    they were the name behind EHLO, the owner is confirmed here.
     """
-    session = getattr(THIS_THREAD, "session", None)
+    session = getattr(SysuserMilter.this_thread, "session", None)
     if kind is UnicodeDecodeError and session and not session.confirmed:
         session.hello("")
     if complain(f"a callback failed: {kind.__name__}") and kind is not UnicodeDecodeError:
