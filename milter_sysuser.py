@@ -182,7 +182,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
     describer: Describer
     path = ""  # of the socket that libmilter listens on
     queue = ""  # Postfix's queue_directory, where who called sendmail(1) is read
-    # Sessions by the socket of the MTA's that each took for its own: two cannot both be right.
+    # Sessions by the cookie of the MTA's end that each took for its own: two cannot both be right.
     claims: dict[Any, list[SysuserMilter]] = {}
     claims_lock = threading.Lock()
     this_thread = threading.local()  # whose session; pymilter keeps one thread state for each
@@ -195,7 +195,6 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner = unknown("error")
         self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
-        self.claimed: Any = None  # the cookie of the MTA's end
         self.confirmed, self.ended = False, False
         self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
         self.facts: Facts = {"why": "error"}  # of the process
@@ -231,12 +230,11 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
             self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
         if self.owner.uid is not None:
-            self.claimed = self.owner.cookie
             with self.claims_lock:
-                self.rivals = self.claims.get(self.claimed, [])
+                self.rivals = self.claims.get(self.owner.cookie, [])
                 for rival in self.rivals:
                     rival.rivals = rival.rivals + [self]
-                self.claims[self.claimed] = self.rivals + [self]
+                self.claims[self.owner.cookie] = self.rivals + [self]
         return int(Milter.CONTINUE)
 
     def find_owner(self, client: Endpoint) -> ClientSocket:
@@ -342,9 +340,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Give the socket back."""
         self.ended = True
         with self.claims_lock:
-            others = [session for session in self.claims.pop(self.claimed, []) if session is not self]
+            others = [session for session in self.claims.pop(self.owner.cookie, []) if session is not self]
             if others:
-                self.claims[self.claimed] = others
+                self.claims[self.owner.cookie] = others
         return int(Milter.CONTINUE)
 
     def confirm(self) -> str:
@@ -487,6 +485,10 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------- values, the log
+VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
+MOST_REMEMBERED = 10_000  # entries in each memory
+
+
 class Endpoint(NamedTuple):
     """One end of a TCP connection; a v4-mapped address is the four bytes it stands for."""
 
@@ -546,9 +548,6 @@ class Verdict(NamedTuple):
     text: str = ""  # of the reply
 
 
-VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
-
-
 def escape(data: bytes, unsafe: bytes) -> bytes:
     r"""Write every byte of a class of a regular expression as \xNN."""
     return re.sub(unsafe, lambda byte: b"\\x%02x" % byte[0][0], data, flags=re.DOTALL)
@@ -586,9 +585,6 @@ def fold(words: list[str], taken: int) -> str:
     return text[1:]
 
 
-MOST_REMEMBERED = 10_000  # entries in each memory
-
-
 def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REMEMBERED) -> None:
     """Put an entry into a bounded memory; what was put there the longest ago is forgotten first."""
     memory.pop(key, None)
@@ -600,6 +596,8 @@ def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REME
 LEVELS = {3: "ERROR", 4: "WARNING", 6: "INFO"}  # syslog(3)
 ERROR, WARNING, INFO = LEVELS
 LINE_BYTES = 4000  # below PIPE_BUF, so that a pipe takes all of a line or nothing
+COMPLAINT_SECONDS = 60  # between two lines that complain of the same
+COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
 
 
 @functools.lru_cache(maxsize=1)
@@ -634,10 +632,6 @@ def say(level: int, text: str) -> None:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
                     journal.setblocking(False)
                     journal.sendto(fields % (level, data[len(stamp):]), "/run/systemd/journal/socket")
-
-
-COMPLAINT_SECONDS = 60  # between two lines that complain of the same
-COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
 
 
 def complain(text: str, *details: str, level: int = ERROR) -> bool:
@@ -688,10 +682,9 @@ def endpoint(address: str, port: int) -> Endpoint:
 
 
 class KernelLookup:
-    """Ask the kernel through netlink: sock_diag(7), and rtnetlink(7) for what is local.
+    """Ask the kernel, without privilege: sock_diag(7), and rtnetlink(7) for what is local.
 
-    It takes no privilege. The two sockets are opened once, so that a milter that is short of
-    descriptors still knows its clients.
+    The sockets are opened once: a milter that is short of descriptors still knows its clients.
     """
 
     name = "sock_diag"
@@ -704,10 +697,7 @@ class KernelLookup:
         self.rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
 
     def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
-        """Say whose the client's end is.
-
-        server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
-        """
+        """Say whose the client's end is; server: None where the MTA did not say. OSError."""
         server = self.whole(server, client)
         client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
@@ -724,8 +714,8 @@ class KernelLookup:
 
         NAT changes a source port, too, where two connections would else be the same. It may then be
         that of somebody who dialled the same and was not redirected. So of all sockets that dialled
-        it and have not received more than the MTA has sent, none may be another user's. The client's
-        is among them: one that was closed with nothing left to send would show at the MTA's end.
+        it and have not received more than the MTA has sent, none may be another user's: one is the
+        client's, since one that was closed with nothing left to send would show at the MTA's end.
         """
         mta_end = self.find(server, client)
         if mta_end is None or not mta_end.inode:
@@ -758,10 +748,7 @@ class KernelLookup:
         return ends.pop() if len(ends) == 1 else None
 
     def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
-        """Ask for one socket by both ends; None if there is none.
-
-        One that is bound to a device is found under its index only, any other under each.
-        """
+        """Ask for one socket by both ends: one that is bound to a device, by its index; None: there is none."""
         question = diag_request(source, destination, interface or LOOPBACK)
         try:
             diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question)[0])
@@ -773,8 +760,7 @@ class KernelLookup:
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
         """Look for one socket by both ends among all; None if there is none, or several.
 
-        "find" gives one at most of those with the same ends that are bound to different devices,
-        or to none: to hide another, its state may be one that does not count.
+        "find" may have another with the same ends, bound to another device, in a state that does not count.
         """
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
@@ -802,8 +788,8 @@ class KernelLookup:
     def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
         """Send one request and give the body of its answer, or of each for NLM_F_DUMP; OSError as the kernel's.
 
-        It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
-        returns, and to give the lock up costs several times as much under load.
+        ctypes keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
+        lock up costs several times as much under load.
         """
         bodies = []
         with self.lock:
@@ -835,7 +821,7 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
     if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
         return unknown("error")
     if mta_end is None or not mta_end.inode:
-        # The MTA asks about an accepted connection. This end has no inode, so it is of a later one.
+        # The MTA asks about an accepted connection. An end without an inode is of a later one.
         return unknown("reused")
     return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
                         mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
@@ -850,10 +836,9 @@ def checked(result: int) -> int:
 
 # linux/inet_diag.h, tcp.h; net/tcp_states.h
 INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
-# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
-STATES = {1, 4, 5, 8, 9, 11}
 ESTABLISHED, FIN_WAIT2 = 1, 5
-STATES_MASK = sum(1 << state for state in STATES)
+STATES = {ESTABLISHED, 4, FIN_WAIT2, 8, 9, 11}  # and FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING
+STATES_MASK = sum(1 << state for state in STATES)  # a message may be under way
 # struct inet_diag_req_v2: family, protocol, attributes, states, ports, addresses, device, cookie
 DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
 # struct inet_diag_msg: family, state, ports, addresses, device, cookie, bytes not read, uid, inode
@@ -864,8 +849,8 @@ TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Li
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
     """Build a question for one socket, given by both ends."""
-    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), STATES_MASK,
-                             source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1),
+                             STATES_MASK, source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
                              source.address, destination.address, interface, ANY_COOKIE)
 
 
@@ -919,7 +904,7 @@ class PsutilLookup:
                             mta_end=cast(Endpoint, server), process=holder)
 
     def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
-        """Look for the holder once more. What the MTA has read is not known: it counts as more."""
+        """Look for the holder once more. What the MTA has read is not known, and counts as more."""
         return self.find_client_socket(owner.client, owner.mta_end).cookie, owner.mta_bytes_read + 1
 
 
@@ -934,10 +919,9 @@ def own_addresses() -> set[Any]:
 
 
 def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
-    """Try the kernel on a connection of our own; give what works, and what is wrong, or "".
+    """Try the kernel on a connection of our own; give what works, and what is wrong, or ""; OSError.
 
-    Where users have taken every port, the kernel is believed untried: they could keep the milter
-    from starting. Raises OSError if there can be no connection for another reason.
+    Where users have taken every port, which must not keep the milter from starting, it goes untried.
     """
     if not LINUX:
         return PsutilLookup(), "there is no sock_diag here"
@@ -984,10 +968,9 @@ def why_not_root(port: int, facts: Facts) -> str:
     """Say why root must not be named for a socket that root made, or "".
 
     Root's programs leave sockets to processes of others, who can disconnect them and dial with
-    them. A listener still has its server's port. Whoever has an accepted one is looked for by those
-    who describe the process; "holder_uid" says whether that is anyone but root.
+    them. A listener still has its server's port, none that the kernel gives to clients by itself. Who
+    has an accepted one is for the description to say: "holder_uid".
     """
-    # The ports that the kernel gives to clients by itself.
     low, high = map(int, read_file("/proc/sys/net/ipv4/ip_local_port_range").split())
     if not low <= port <= high:
         return "handed-down"
@@ -1079,6 +1062,7 @@ def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 # --------------------------------------------------------- policy: who that is, and what he may do
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
+MOST_WARNED = 1000  # entries to look up for a warning
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
 NO_GID = (1 << 32) - 1  # which no group has, chown(2)
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
@@ -1370,9 +1354,6 @@ class Entries(NamedTuple):
     unresolved: frozenset[str] = frozenset()  # entries that NSS does not know
 
 
-MOST_WARNED = 1000  # entries to look up for a warning
-
-
 class UserList:
     """A setting and a file of users as one list."""
 
@@ -1622,10 +1603,6 @@ def over_limit(name: str, limit: str) -> Verdict:
     return Verdict(action, "limit", f"User {name} is over the limit of {limit}")
 
 
-# Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
-OUR_FAULTS = {"busy", "container", "error", "no-helper", "not-permitted", "timeout"}
-
-
 def passed() -> Verdict:
     """Let a message through, tagged if a header is wanted."""
     return Verdict("tag" if header_fields else "pass")
@@ -1644,7 +1621,8 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
     action = accept if unidentified_action == "accept" else unidentified_action
     if action == "accept":
         return passed()
-    if action == "reject" and why in OUR_FAULTS:
+    # None of these is the client's doing: no reason to refuse for good.
+    if action == "reject" and why in ("busy", "container", "error", "no-helper", "not-permitted", "timeout"):
         action = "tempfail"
     return Verdict(action, "unidentified", UNIDENTIFIED)
 
