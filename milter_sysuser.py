@@ -195,8 +195,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner = unknown("error")
         self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
-        self.confirmed, self.ended = False, False
-        self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
+        self.confirmed = False
+        self.shaken = False  # whether a rival has ended since the owner was asked for; see "confirm"
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
@@ -231,10 +231,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
         if self.owner.uid is not None:
             with self.claims_lock:
-                self.rivals = self.claims.get(self.owner.cookie, [])
-                for rival in self.rivals:
-                    rival.rivals = rival.rivals + [self]
-                self.claims[self.owner.cookie] = self.rivals + [self]
+                self.claims.setdefault(self.owner.mta_end.cookie, []).append(self)
         return int(Milter.CONTINUE)
 
     def find_owner(self, client: Endpoint) -> ClientSocket:
@@ -338,11 +335,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def close(self) -> int:
         """Give the socket back."""
-        self.ended = True
         with self.claims_lock:
-            others = [session for session in self.claims.pop(self.owner.cookie, []) if session is not self]
-            if others:
-                self.claims[self.owner.cookie] = others
+            cookie = self.owner.mta_end.cookie
+            others = [session for session in self.claims.get(cookie, []) if session is not self]
+            for rival in others:
+                rival.shaken |= rival.queue_id != self.queue_id or not self.queue_id
+            self.claims[cookie] = others  # only now: "confirm" looks here, and then at "shaken"
+            if not others:
+                del self.claims[cookie]
         return int(Milter.CONTINUE)
 
     def confirm(self) -> str:
@@ -356,34 +356,32 @@ class SysuserMilter(Base):  # type: ignore[misc]
         connection, too. Then two sessions, rivals, claim one end, and what was read before proves
         nothing for either.
         """
-        owner, rivals = self.owner, self.unexplained_rivals()
-        if self.confirmed and not rivals:
+        rivals = self.rivals()
+        if self.confirmed and not rivals and not self.shaken:
             return ""
         self.confirmed = False
-        cookie, mta_bytes_read = self.lookup.look_again(owner)
-        if cookie != owner.cookie:
-            return "closed" if cookie is None else "reused"
-        if not rivals and mta_bytes_read > owner.mta_bytes_read:
+        before, now = self.owner.mta_end, self.lookup.look_again(self.owner.mta_end)
+        if now is None or now.cookie != before.cookie:
+            return "reused" if now else "closed"
+        if self.shaken and not rivals:
+            self.owner, self.shaken = self.owner._replace(mta_end=now), False
+        elif not rivals and now.read > before.read:
             self.confirmed = True
             return ""
-        # Until DATA, a rival may still turn out to be the same session of the MTA's.
-        if rivals and (self.queue_id or all(rival.ended for rival in rivals)):
-            self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
-            with self.claims_lock:
-                self.rivals = [rival for rival in self.rivals if not rival.ended]
         return "reused"
 
-    def unexplained_rivals(self) -> list[SysuserMilter]:
-        """Give the sessions with the same claim, but those that are the same session of the MTA's.
+    def rivals(self) -> list[SysuserMilter]:
+        """Give the other sessions with the same claim, but those that are the same session of the MTA's.
 
         The MTA can announce one connection twice, by XCLIENT or where the milter is listed twice. The
         message then has one queue id in both, from DATA on, which is waited for: it may come later.
         """
         deadline = time.monotonic() + (RIVAL_SECONDS if self.queue_id else 0.0)
         while True:
-            others = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
-            if all(rival.ended for rival in others) or time.monotonic() >= deadline:
-                return others
+            rivals = [session for session in self.claims.get(self.owner.mta_end.cookie, []) if session is not self
+                      and (session.queue_id != self.queue_id or not self.queue_id)]
+            if not rivals or time.monotonic() >= deadline:
+                return rivals
             time.sleep(0.002)
 
     def identify(self) -> Sender:
@@ -408,7 +406,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         try:
             why = self.confirm() or account.doubt
             if self.owner.uid == 0 and not why and not self.owner.process:
-                why = why_not_root(self.owner.client.port, self.facts)
+                why = why_not_root(self.owner.mta_end.destination.port, self.facts)
             return why
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
@@ -496,18 +494,30 @@ class Endpoint(NamedTuple):
     port: int
 
 
+class Diag(NamedTuple):
+    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
+
+    state: int
+    source: Endpoint
+    destination: Endpoint
+    uid: int
+    inode: int
+    cookie: Any = None  # the kernel's number of this one socket, never used again
+    cgroup: int = 0  # inode number of the cgroup v2 directory; 0: the kernel does not say (before 5.8)
+    read: int = 0  # bytes that were received and that a process has taken; 0 before Linux 4.1
+    received: int = 0  # 0 before Linux 4.1
+    sent: int = 0  # 0 before Linux 4.19
+    interface: int = 0  # the index of the device that it is bound to; 0: none
+
+
 class ClientSocket(NamedTuple):
-    """The client's end of a connection: whose it is, and how the MTA's end is found again."""
+    """The client's end of a connection: whose it is, and the MTA's end, as they were when this was asked."""
 
     uid: Optional[int]  # of whoever made it; None: not known
     why: str = ""  # one word, where uid is None
     inode: int = 0  # 0: no process has it open any more
     cgroup: int = 0
-    cookie: Any = None  # of the MTA's end, which is one connection's and no other's; see Diag
-    client: Endpoint = Endpoint(b"", 0)
-    mta_end: Endpoint = Endpoint(b"", 0)
-    interface: int = 0  # the index of the device that the MTA's end is bound to; 0: none
-    mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
+    mta_end: Diag = Diag(0, Endpoint(b"", 0), Endpoint(b"", 0), 0, 0)
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
     in_container: bool = False  # whether the uid's name is the container's own, not this host's
 
@@ -659,22 +669,6 @@ NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, e
             errno.EAFNOSUPPORT}
 
 
-class Diag(NamedTuple):
-    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
-
-    state: int
-    source: Endpoint
-    destination: Endpoint
-    uid: int
-    inode: int
-    cookie: int  # the kernel's number of this one socket, never used again
-    cgroup: int  # inode number of the cgroup v2 directory; 0: the kernel does not say (before 5.8)
-    read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
-    received: int  # 0 before Linux 4.1
-    sent: int  # 0 before Linux 4.19
-    interface: int  # the index of the device that it is bound to; 0: none
-
-
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
     ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
@@ -734,10 +728,9 @@ class KernelLookup:
             return unknown("closed")
         return client_socket(client_end, mta_end if uids == {client_end.uid} else None)
 
-    def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
-        """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
-        mta_end = self.find(owner.mta_end, owner.client, owner.interface)
-        return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
+    def look_again(self, end: Diag) -> Optional[Diag]:
+        """Give the MTA's end as it is now; None if it is closed."""
+        return self.find(end.source, end.destination, end.interface)
 
     def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
         """Give the MTA's end, by its peer where the MTA does not say all of it; None: none, or several."""
@@ -823,8 +816,7 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
     if mta_end is None or not mta_end.inode:
         # The MTA asks about an accepted connection. An end without an inode is of a later one.
         return unknown("reused")
-    return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
-                        mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
+    return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end)
 
 
 def checked(result: int) -> int:
@@ -900,12 +892,13 @@ class PsutilLookup:
         if pid is None:  # psutil.Process(None) would be this process
             return unknown("not-permitted")
         holder = psutil.Process(pid)
-        return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
-                            mta_end=cast(Endpoint, server), process=holder)
+        mta_end = Diag(ESTABLISHED, cast(Endpoint, server), client, 0, 0, (client, pid))
+        return ClientSocket(holder.uids().effective, mta_end=mta_end, process=holder)
 
-    def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
+    def look_again(self, end: Diag) -> Optional[Diag]:
         """Look for the holder once more. What the MTA has read is not known, and counts as more."""
-        return self.find_client_socket(owner.client, owner.mta_end).cookie, owner.mta_bytes_read + 1
+        now = self.find_client_socket(end.destination, end.source)
+        return None if now.uid is None else now.mta_end._replace(read=end.read + 1)
 
 
 Lookup = Union[KernelLookup, PsutilLookup]
