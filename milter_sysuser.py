@@ -196,7 +196,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.owner = unknown("error")
         self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
         self.confirmed = False
-        self.shaken = False  # whether a rival has ended since the owner was asked for; see "confirm"
+        self.shaken = False  # whether a rival has ended since the owner was looked up
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
@@ -206,8 +206,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def negotiate(self, opts: list[int]) -> int:
         """Ask the MTA for the server's end (pymilter's own symlist fails on Python 3)."""
-        # pymilter takes one thread state from thread to thread. Python 3.14 keeps the first one's
-        # stack limits, and ends the process outside of them (cpython gh-139653): not outside of these.
+        # pymilter takes one thread state from thread to thread. Python 3.14 keeps the stack limits of
+        # the first, outside of which it ends the process (cpython gh-139653); these have no outside.
         if SET_STACK_LIMITS:
             this_state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
             SET_STACK_LIMITS(this_state, ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
@@ -236,11 +236,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def find_owner(self, client: Endpoint) -> ClientSocket:
         """Find the client's socket."""
-        try:
+        server: Optional[Endpoint] = None
+        with contextlib.suppress(ValueError):
             port = int(self.getsymval("{daemon_port}") or 0)
             server = endpoint(self.getsymval("{daemon_addr}") or "", port)
-        except ValueError:
-            server = None
         try:
             owner = self.lookup.find_client_socket(client, server)
             if owner is REMOTE and container_networks:
@@ -251,14 +250,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return unknown("error")
 
     def hello(self, hostname: str) -> int:
-        """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
+        """Confirm the owner: behind EHLO's answer a client can send all the rest and reset."""
         if self.owner.uid is not None:
             with contextlib.suppress(OSError, psutil.Error):  # at the end it is tried again
                 self.confirm()
         return self.answer()
 
     def answer(self) -> int:
-        """Go on; at each hundredth command make room, since the client may leave no pause between them."""
+        """Go on; at each hundredth command make room: there may be no pause between them."""
         self.commands += 1
         if self.commands % 100 == 0:
             make_room()
@@ -289,7 +288,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def header(self, name: str, value: str) -> int:
-        """Note a header that only we may write, also behind a bare CR, which some take for a line's end."""
+        """Note a header of our name, also behind a bare CR, which some take for a line's end."""
         self.headers += 1
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
@@ -339,7 +338,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             cookie = self.owner.mta_end.cookie
             others = [session for session in self.claims.get(cookie, []) if session is not self]
             for rival in others:
-                rival.shaken |= rival.queue_id != self.queue_id or not self.queue_id
+                rival.shaken |= not (self.queue_id and rival.queue_id == self.queue_id)
             self.claims[cookie] = others  # only now: "confirm" looks here, and then at "shaken"
             if not others:
                 del self.claims[cookie]
@@ -371,15 +370,15 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return "reused"
 
     def rivals(self) -> list[SysuserMilter]:
-        """Give the other sessions with the same claim, but those that are the same session of the MTA's.
+        """Give the other sessions with the same claim, but not the same session of the MTA's.
 
-        The MTA can announce one connection twice, by XCLIENT or where the milter is listed twice. The
-        message then has one queue id in both, from DATA on, which is waited for: it may come later.
+        The MTA can announce one connection twice: by XCLIENT, or where the milter is listed twice.
+        The message then has one queue id in both, from DATA on, which is waited for.
         """
         deadline = time.monotonic() + (RIVAL_SECONDS if self.queue_id else 0.0)
         while True:
-            rivals = [session for session in self.claims.get(self.owner.mta_end.cookie, []) if session is not self
-                      and (session.queue_id != self.queue_id or not self.queue_id)]
+            rivals = [session for session in self.claims.get(self.owner.mta_end.cookie, [])
+                      if session is not self and not (self.queue_id and session.queue_id == self.queue_id)]
             if not rivals or time.monotonic() >= deadline:
                 return rivals
             time.sleep(0.002)
@@ -413,7 +412,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return "error"
 
     def judge(self, sender: Sender, by_memory: bool = False) -> Verdict:
-        """Say what becomes of the message; by_memory: by the lists as they were last, without limits."""
+        """Say what becomes of the message; by_memory: by the lists as they were last."""
         if self.refused:
             return self.refused
         if self.owner is REMOTE:
@@ -485,6 +484,8 @@ def report_exception(kind: Any, error: Any, trace: Any) -> None:
 # ---------------------------------------------------------------------------------- values, the log
 VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
 MOST_REMEMBERED = 10_000  # entries in each memory
+Facts = dict[str, Any]  # of one process: FIELDS, and "holder_uid"; or "why" they are unknown
+Lookup = Union["KernelLookup", "PsutilLookup"]
 
 
 class Endpoint(NamedTuple):
@@ -511,7 +512,7 @@ class Diag(NamedTuple):
 
 
 class ClientSocket(NamedTuple):
-    """The client's end of a connection: whose it is, and the MTA's end, as they were when this was asked."""
+    """The client's end of a connection: whose it is; and the MTA's end, as it was then."""
 
     uid: Optional[int]  # of whoever made it; None: not known
     why: str = ""  # one word, where uid is None
@@ -528,9 +529,6 @@ REMOTE = ClientSocket(None, "remote")  # what the client of another host has, or
 def unknown(why: str) -> ClientSocket:
     """Stand for a socket of this host whose owner is not known; why: one word."""
     return ClientSocket(None, why)
-
-
-Facts = dict[str, Any]  # of one process: FIELDS, and "holder_uid"; or "why" they are unknown
 
 
 class Sender(NamedTuple):
@@ -663,6 +661,7 @@ NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
 RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
 LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
 NETLINK_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: size, kind, flags, number, port
+V4_MAPPED = bytes(10) + b"\xff\xff"  # how IPv6 has IPv4
 FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
 # What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
 NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
@@ -671,8 +670,8 @@ NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, e
 
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
-    ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
-    return Endpoint((getattr(ip, "ipv4_mapped", None) or ip).packed, port)
+    bare = re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address)
+    return Endpoint(ipaddress.ip_address(bare).packed.removeprefix(V4_MAPPED), port)
 
 
 class KernelLookup:
@@ -733,7 +732,7 @@ class KernelLookup:
         return self.find(end.source, end.destination, end.interface)
 
     def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
-        """Give the MTA's end, by its peer where the MTA does not say all of it; None: none, or several."""
+        """Give the MTA's end, by its peer where the MTA does not say all of it; None: not found."""
         if server and server.port and any(server.address):  # no wildcard
             return server
         sockets = self.dump(server.port if server else 0, client.port)
@@ -741,7 +740,7 @@ class KernelLookup:
         return ends.pop() if len(ends) == 1 else None
 
     def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
-        """Ask for one socket by both ends: one that is bound to a device, by its index; None: there is none."""
+        """Ask for one socket by both ends, and the index of the device it is bound to; or None."""
         question = diag_request(source, destination, interface or LOOPBACK)
         try:
             diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question)[0])
@@ -753,7 +752,7 @@ class KernelLookup:
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
         """Look for one socket by both ends among all; None if there is none, or several.
 
-        "find" may have another with the same ends, bound to another device, in a state that does not count.
+        Another with the same ends, on another device, may hide it from "find" by a state that does not count.
         """
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
@@ -779,10 +778,10 @@ class KernelLookup:
         return route[7] in (RTN_LOCAL, RTN_ANYCAST)  # rtm_type of struct rtmsg
 
     def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
-        """Send one request and give the body of its answer, or of each for NLM_F_DUMP; OSError as the kernel's.
+        """Send one request; give the body of its answer, or of each for NLM_F_DUMP; OSError.
 
-        ctypes keeps the interpreter's lock: the answer is there when send(2) returns, and to give the
-        lock up costs several times as much under load.
+        ctypes keeps the interpreter's lock: the answer is there when send(2) returns, and to give it
+        up costs several times as much under load.
         """
         bodies = []
         with self.lock:
@@ -835,7 +834,6 @@ STATES_MASK = sum(1 << state for state in STATES)  # a message may be under way
 DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
 # struct inet_diag_msg: family, state, ports, addresses, device, cookie, bytes not read, uid, inode
 DIAG = struct.Struct("=BB2x2s2s16s16sIQ4xI4xII")
-ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Linux 4.1), sent (4.19)
 
 
@@ -853,7 +851,7 @@ def read_diag(body: bytes) -> Diag:
     family, state, near_port, far_port, near, far, interface, cookie, unread, uid, inode = DIAG.unpack_from(body)
     cgroup, info, at = 0, b"", DIAG.size
     while at + 4 <= len(body):
-        size, kind = ATTRIBUTE.unpack_from(body, at)
+        size, kind = struct.unpack_from("=HH", body, at)  # struct nlattr
         if kind == INET_DIAG_CGROUP_ID:
             cgroup = int.from_bytes(body[at + 4:at + size], sys.byteorder)
         elif kind == INET_DIAG_INFO:
@@ -866,11 +864,8 @@ def read_diag(body: bytes) -> Diag:
 
 def diag_end(family: int, port: bytes, address: bytes) -> Endpoint:
     """Read one end of a socket as struct inet_diag_sockid has it."""
-    if family == socket.AF_INET:
-        address = address[:4]
-    elif address.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped
-        address = address[12:]
-    return Endpoint(address, int.from_bytes(port, "big"))
+    bare = address[:4] if family == socket.AF_INET else address.removeprefix(V4_MAPPED)
+    return Endpoint(bare, int.from_bytes(port, "big"))
 
 
 class PsutilLookup:
@@ -899,9 +894,6 @@ class PsutilLookup:
         """Look for the holder once more. What the MTA has read is not known, and counts as more."""
         now = self.find_client_socket(end.destination, end.source)
         return None if now.uid is None else now.mta_end._replace(read=end.read + 1)
-
-
-Lookup = Union[KernelLookup, PsutilLookup]
 
 
 def own_addresses() -> set[Any]:
@@ -2250,7 +2242,6 @@ def lsof_allowed() -> bool:
 
 
 # ---------------------------------- containers: clients in other network namespaces of this host
-V4_MAPPED = bytes(10) + b"\xff\xff"  # how IPv6 has IPv4
 NEVER_CONTAINERS = [ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1", "::ffff:0:0/96")]
 ABSENT_SECONDS = 1.0  # before an address whose client was not found is looked for everywhere again
 MOST_ADDRESS_BYTES = 1 << 16  # to read of one namespace's; a container has some 1,000
