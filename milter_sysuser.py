@@ -188,10 +188,6 @@ class SysuserMilter(Base):  # type: ignore[misc]
     this_thread = threading.local()  # whose session; pymilter keeps one thread state for each
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner = unknown("error")
         self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
@@ -218,8 +214,6 @@ class SysuserMilter(Base):  # type: ignore[misc]
     def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
         self.this_thread.session = self
-        self.close()  # a session whose client is announced once more begins anew
-        self.begin()
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
             # The MTA's emulation of a client; with a port of the server's one by XCLIENT, from afar.
             self.submitted = self.getsymval("{daemon_port}") in (None, "", "0")
