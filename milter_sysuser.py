@@ -343,10 +343,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
         Between accept(2) and the look at the kernel, a client can reset and let another user's
         connection take its four endpoints. While the MTA's end lives, the client's end cannot
-        change hands. So two things must be true. The MTA's end must still be the one that was looked
-        at, by its cookie. And the MTA must have read from it since, which shows that the session is
-        its own: from a newer connection's end the MTA reads nothing until it has announced that
-        connection, too. Then two sessions, rivals, claim one end, and what was read before proves
+        change hands. So the MTA's end must still be the one that was looked at, by its cookie. And the
+        MTA must have read from it since: from a newer connection's end it reads nothing until it has
+        announced that, too. Then two sessions, rivals, claim one end, and what was read before proves
         nothing for either.
         """
         rivals = self.rivals()
@@ -383,10 +382,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if owner.uid is None:
             return Sender(None, "" if owner is REMOTE else owner.why)
         account = self.account or self.directory.account(owner.uid, owner.in_container)
-        other = None
-        if facts.get("holder_uid", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder_uid"], owner.in_container)
-            other = holder if holder.uid != account.uid else None
+        uid = facts.get("holder_uid", owner.uid)
+        holder = account if uid == owner.uid else self.directory.account(uid, owner.in_container)
+        other = holder if holder.uid != account.uid else None
         why = self.why_not_named(account)
         if why:
             return Sender(None, why, {}, account, other)
@@ -613,8 +611,7 @@ def log_target() -> tuple[int, bool]:
     journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
         with contextlib.suppress(OSError):
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-            return os.open("/proc/self/fd/2", flags), journalled
+            return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), journalled
     return 2, journalled
 
 
@@ -833,8 +830,9 @@ TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Li
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
     """Build a question for one socket, given by both ends."""
-    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1),
-                             STATES_MASK, source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+    ports = source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big")
+    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP,
+                             1 << (INET_DIAG_INFO - 1), STATES_MASK, *ports,
                              source.address, destination.address, interface, ANY_COOKIE)
 
 
