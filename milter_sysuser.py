@@ -152,7 +152,7 @@ settings_file = "/etc/milter_sysuser.conf"
 # =============================================================================== end of settings
 
 FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
-REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
+REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, 3463 3.8
 UNIDENTIFIED = "Sender process could not be identified"
 # Of all headers. A hundred hops (RFC 5321, 6.3) and fifty ARC sets of three (RFC 8617, 4.2.1) leave
 # as much again and more for programs. To remove n forged ones takes the MTA n * n steps.
@@ -202,8 +202,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def negotiate(self, opts: list[int]) -> int:
         """Ask the MTA for the server's end (pymilter's own symlist fails on Python 3)."""
-        # pymilter takes one thread state from thread to thread. Python 3.14 keeps the stack limits of
-        # the first, outside of which it ends the process (cpython gh-139653); these have no outside.
+        # pymilter takes one thread state from thread to thread. Python 3.14 keeps the limits of the
+        # first stack, and ends the process outside of them (cpython gh-139653); here is no outside.
         if SET_STACK_LIMITS:
             this_state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
             SET_STACK_LIMITS(this_state, ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
@@ -215,7 +215,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
         self.this_thread.session = self
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
-            # The MTA's emulation of a client; with a port of the server's one by XCLIENT, from afar.
+            # The MTA's emulation of a client; where the server has a port, by XCLIENT, from afar.
             self.submitted = self.getsymval("{daemon_port}") in (None, "", "0")
             self.owner, self.facts = REMOTE, {"why": "submitted"}
         elif hostaddr is None:
@@ -288,10 +288,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.forged.append(name)
             if len(self.forged) > MOST_FORGED:
                 self.refused = Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
-        if "\r" in value or "\r" in name:
-            ours = rf"[\r\n]{re.escape(header_name)}[\x00-\x20]*:"
-            if re.search(ours, f"{name}:{value}", re.IGNORECASE):
-                self.refused = Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
+        if "\r" in name + value and re.search(
+                rf"[\r\n]{re.escape(header_name)}[\x00-\x20]*:", f"{name}:{value}", re.IGNORECASE):
+            self.refused = Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
         if self.headers > MOST_HEADERS:
             self.refused = Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
             if not self.submitted:  # else it can only be held, at its end
@@ -339,14 +338,14 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def confirm(self) -> str:
-        """Say why the owner cannot be believed, or "" once he can be: then for good, without rivals.
+        """Say why the owner cannot be believed, or "" once he can be: for good, without rivals.
 
         Between accept(2) and the look at the kernel, a client can reset and let another user's
         connection take its four endpoints. While the MTA's end lives, the client's end cannot
-        change hands. So the MTA's end must still be the one that was looked at, by its cookie. And the
-        MTA must have read from it since: from a newer connection's end it reads nothing until it has
-        announced that, too. Then two sessions, rivals, claim one end, and what was read before proves
-        nothing for either.
+        change hands. So the MTA's end must still be the one that was looked at, by its cookie. And
+        the MTA must have read from it since: from a newer connection's end it reads nothing until it
+        has announced that, too. Then two sessions, rivals, claim one end, and what was read before
+        proves nothing for either.
         """
         rivals = self.rivals()
         if self.confirmed and not rivals and not self.shaken:
@@ -448,11 +447,11 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
 
 def make_room() -> None:
-    """Have libmilter start another thread. To be called by a session that may keep its own for long.
+    """Have libmilter start another thread; for a session that may keep its own for long.
 
     libmilter's pool of threads (worker.c, in Debian's build) can give several sessions to one idle
-    thread, which stays with the first while that has a command. The others wait until a thread looks
-    for work, as one does that is started for a new connection, be it closed at once.
+    thread, which stays with the first while that has a command. The others wait until a thread
+    looks for work, as one does that is started for a new connection, be it closed at once.
     """
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
@@ -496,7 +495,7 @@ class Diag(NamedTuple):
     uid: int
     inode: int
     cookie: Any = None  # the kernel's number of this one socket, never used again
-    cgroup: int = 0  # inode number of the cgroup v2 directory; 0: the kernel does not say (before 5.8)
+    cgroup: int = 0  # inode number of the cgroup v2 directory; 0: not known (before Linux 5.8)
     read: int = 0  # bytes that were received and that a process has taken; 0 before Linux 4.1
     received: int = 0  # 0 before Linux 4.1
     sent: int = 0  # 0 before Linux 4.19
@@ -694,7 +693,7 @@ class KernelLookup:
         return client_socket(client_end, self.find(server, client, client_end.interface))
 
     def find_redirected(self, client: Endpoint, server: Endpoint) -> ClientSocket:
-        """Say whose the client's end is, which NAT hides: by what it dialled before that was changed.
+        """Say whose the client's end is, which NAT hides: by what it dialled.
 
         NAT changes a source port, too, where two connections would else be the same. It may then be
         that of somebody who dialled the same and was not redirected. So of all sockets that dialled
@@ -743,7 +742,7 @@ class KernelLookup:
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
         """Look for one socket by both ends among all; None if there is none, or several.
 
-        Another with the same ends, on another device, may hide it from "find" by a state that does not count.
+        On another device one with the same ends, in a state that does not count, can hide it from "find".
         """
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
@@ -771,8 +770,8 @@ class KernelLookup:
     def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
         """Send one request; give the body of its answer, or of each for NLM_F_DUMP; OSError.
 
-        ctypes keeps the interpreter's lock: the answer is there when send(2) returns, and to give it
-        up costs several times as much under load.
+        ctypes keeps the interpreter's lock: the answer is there when send(2) returns, and to give
+        the lock up costs several times as much under load.
         """
         bodies = []
         with self.lock:
@@ -896,9 +895,9 @@ def own_addresses() -> set[Any]:
 
 
 def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
-    """Try the kernel on a connection of our own; give what works, and what is wrong, or ""; OSError.
+    """Try the kernel on a connection of our own; give what works, and what is wrong; OSError.
 
-    Where users have taken every port, which must not keep the milter from starting, it goes untried.
+    Where users have taken every port, it goes untried: they must not keep the milter from starting.
     """
     if not LINUX:
         return PsutilLookup(), "there is no sock_diag here"
@@ -945,8 +944,8 @@ def why_not_root(port: int, facts: Facts) -> str:
     """Say why root must not be named for a socket that root made, or "".
 
     Root's programs leave sockets to processes of others, who can disconnect them and dial with
-    them. A listener still has its server's port, none that the kernel gives to clients by itself. Who
-    has an accepted one is for the description to say: "holder_uid".
+    them. A listener still has its server's port, none that the kernel gives to clients by itself.
+    Who has an accepted one is for the description to say: "holder_uid".
     """
     low, high = map(int, read_file("/proc/sys/net/ipv4/ip_local_port_range").split())
     if not low <= port <= high:
