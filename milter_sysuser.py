@@ -263,8 +263,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.headers, self.forged, self.refused, self.account = 0, [], None, None
         return self.hello(sender)
 
-    # The MTA waits for the answer to a recipient and to a header. Did it not, a client could let it
-    # write half a command, or have the next one there for as long as he likes; see make_room.
+    # The MTA waits for the answer to a recipient, a header and a command that it does not know. Did it
+    # not, a client could let it write half a command, or have the next one there for as long as he
+    # likes; see make_room.
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Count a recipient; with the first, have the process described, and the user looked up."""
         self.recipients += 1
@@ -273,6 +274,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
             if "pid" not in self.facts or self.owner.uid == 0:
                 self.facts = self.describer.describe(self.owner)
             self.account = self.directory.account(self.owner.uid, self.owner.in_container)
+        return self.answer()
+
+    def unknown(self, command: str) -> int:
+        """Answer a command that the MTA does not know; that is all."""
         return self.answer()
 
     @noreply  # type: ignore[untyped-decorator]
@@ -501,6 +506,10 @@ class Diag(NamedTuple):
     sent: int = 0  # 0 before Linux 4.19
     interface: int = 0  # the index of the device that it is bound to; 0: none
 
+    def can_be_behind(self, mta_end: Diag) -> bool:
+        """Tell whether a socket that dialled the same can be the client of the MTA's end."""
+        return self.received <= mta_end.sent and (self.inode > 0 or self.state != FIN_WAIT2)
+
 
 class ClientSocket(NamedTuple):
     """The client's end of a connection: whose it is; and the MTA's end, as it was then."""
@@ -681,7 +690,8 @@ class KernelLookup:
 
     def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
         """Say whose the client's end is; server: None where the MTA did not say. OSError."""
-        server = self.whole(server, client)
+        server = whole_end(server, client, lambda: (diag[1:3] for diag in self.dump(0, client.port)
+                                                    if diag.inode))
         client_end = self.find(client, server) if server else None
         if client_end is None and not self.is_local(client.address):
             return REMOTE
@@ -706,12 +716,9 @@ class KernelLookup:
         dialled = self.what_was_dialled(mta_end)
         if isinstance(dialled, str):
             return unknown(dialled)
-        client_end, uids = None, set()
-        for diag in self.dump(0, dialled.port):
-            if diag.destination == dialled:
-                client_end = diag if diag.source == client else client_end
-                if diag.received <= mta_end.sent and (diag.inode or diag.state != FIN_WAIT2):
-                    uids.add(diag.uid)
+        dialling = [diag for diag in self.dump(0, dialled.port) if diag.destination == dialled]
+        client_end = next((diag for diag in dialling if diag.source == client), None)
+        uids = {diag.uid for diag in dialling if diag.can_be_behind(mta_end)}
         now = self.find(server, client)
         if client_end is None or now is None or now.state != ESTABLISHED:
             return unknown("closed")
@@ -720,14 +727,6 @@ class KernelLookup:
     def look_again(self, end: Diag) -> Optional[Diag]:
         """Give the MTA's end as it is now; None if it is closed."""
         return self.find(end.source, end.destination, end.interface)
-
-    def whole(self, server: Optional[Endpoint], client: Endpoint) -> Optional[Endpoint]:
-        """Give the MTA's end, by its peer where the MTA does not say all of it; None: not found."""
-        if server and server.port and any(server.address):  # no wildcard
-            return server
-        sockets = self.dump(server.port if server else 0, client.port)
-        ends = {diag.source for diag in sockets if diag.destination == client and diag.inode}
-        return ends.pop() if len(ends) == 1 else None
 
     def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
         """Ask for one socket by both ends, and the index of the device it is bound to; or None."""
@@ -740,9 +739,9 @@ class KernelLookup:
         return diag if found == (source, destination, True) else None  # it may offer a listener
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
-        """Look for one socket by both ends among all; None if there is none, or several.
+        """Look for one socket by both ends in the list; None if there is none, or several.
 
-        On another device one with the same ends, in a state that does not count, can hide it from "find".
+        Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
         """
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
@@ -808,6 +807,19 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
     return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end)
 
 
+def whole_end(server: Optional[Endpoint], client: Endpoint,
+              pairs: Callable[[], Iterable[Any]]) -> Optional[Endpoint]:
+    """Give the MTA's end; where the MTA does not say all of it, the one that has this peer, or None.
+
+    pairs: gives both ends of each socket.
+    """
+    port = server.port if server else 0
+    if server and port and any(server.address):
+        return server
+    ends = {near for near, far in pairs() if far == client and port in (0, near.port)}
+    return ends.pop() if len(ends) == 1 else None
+
+
 def checked(result: int) -> int:
     """Pass on what a C function returned; OSError if it failed."""
     if result < 0:
@@ -829,10 +841,10 @@ TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Li
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
     """Build a question for one socket, given by both ends."""
-    ports = source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big")
-    return DIAG_REQUEST.pack(FAMILIES[len(source.address)], socket.IPPROTO_TCP,
-                             1 << (INET_DIAG_INFO - 1), STATES_MASK, *ports,
-                             source.address, destination.address, interface, ANY_COOKIE)
+    return DIAG_REQUEST.pack(
+        FAMILIES[len(source.address)], socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), STATES_MASK,
+        source.port.to_bytes(2, "big"), destination.port.to_bytes(2, "big"),
+        source.address, destination.address, interface, ANY_COOKIE)
 
 
 def read_diag(body: bytes) -> Diag:
@@ -849,14 +861,12 @@ def read_diag(body: bytes) -> Diag:
             info = body[at + 4:at + size]
         at += max((size + 3) & ~3, 4)
     received, sent = TCP_INFO.unpack_from(info.ljust(TCP_INFO.size, b"\0"))
-    return Diag(state, diag_end(family, near_port, near), diag_end(family, far_port, far), uid, inode, cookie,
-                cgroup, max(0, received - unread), received, sent, interface)
-
-
-def diag_end(family: int, port: bytes, address: bytes) -> Endpoint:
-    """Read one end of a socket as struct inet_diag_sockid has it."""
-    bare = address[:4] if family == socket.AF_INET else address.removeprefix(V4_MAPPED)
-    return Endpoint(bare, int.from_bytes(port, "big"))
+    if family == socket.AF_INET:
+        near, far = near[:4], far[:4]
+    source = Endpoint(near.removeprefix(V4_MAPPED), int.from_bytes(near_port, "big"))
+    destination = Endpoint(far.removeprefix(V4_MAPPED), int.from_bytes(far_port, "big"))
+    return Diag(state, source, destination, uid, inode, cookie, cgroup, max(0, received - unread), received,
+                sent, interface)
 
 
 class PsutilLookup:
@@ -868,9 +878,7 @@ class PsutilLookup:
         """Say who has the client's end; psutil.Error, OSError."""
         found = {(endpoint(*one.laddr), endpoint(*one.raddr)): one.pid
                  for one in psutil.net_connections("tcp") if one.raddr}
-        servers = [near for near, far in found if far == client]
-        if (client, server) not in found and len(servers) == 1:
-            server = servers[0]  # the MTA does not say all of its end
+        server = whole_end(server, client, lambda: found)
         if (client, server) not in found:
             local = ipaddress.ip_address(client.address) in own_addresses()
             return unknown("closed") if local or client.address[:1] == b"\x7f" else REMOTE
@@ -903,10 +911,11 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
         return PsutilLookup(), "there is no sock_diag here"
     try:
         lookup = KernelLookup(what_was_dialled)
-        lookup.dump(1, 1)  # FileNotFoundError without the tcp_diag module
+        lookup.dump(1, 1)
         local = lookup.is_local(socket.inet_aton("127.0.0.1"))
     except OSError as error:
-        return PsutilLookup(), f"sock_diag: {error.strerror}"
+        cure = " (is the tcp_diag module there?)" if isinstance(error, FileNotFoundError) else ""
+        return PsutilLookup(), f"sock_diag: {error.strerror}{cure}"
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 socket.create_connection(listener.getsockname()) as connection:
@@ -916,9 +925,9 @@ def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> t
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             return lookup, f"sock_diag could not be tried, all ports are taken: {error.strerror}"
         raise
-    if diag is None or (diag.uid, diag.inode, local) != (*expected, True):
-        return PsutilLookup(), "sock_diag and rtnetlink are wrong about a connection of our own"
-    return lookup, ""
+    if local and diag and (diag.uid, diag.inode) == expected:
+        return lookup, ""
+    return PsutilLookup(), "sock_diag or rtnetlink is wrong about a connection of our own"
 
 
 # user_namespaces(7): what shows for a uid that is not mapped; how many a host maps, and we need
@@ -961,7 +970,7 @@ def why_not_root(port: int, facts: Facts) -> str:
 # header_checks can remove it. Then a header that the user wrote comes first, which may look the
 # same; but what the user writes is written before there is a queue id. The MTA's own mail (a bounce)
 # has no uid there, and has in its envelope what postdrop(1) lets nobody write.
-FIRST_HEADER = rb"Received: by [^\n]+ \([^\n]+?(?:, from userid (\d{1,10}))?\)\n\tid %s; "
+FIRST_HEADER = re.compile(rb"Received: by [^\n]+ \([^\n]+?(?:, from userid (\d{1,10}))?\)\n\tid (\w+); ")
 MOST_RECORD_BYTES, MOST_JUMPS = 1 << 16, 10_000  # line_length_limit is 2048; record.c of Postfix
 
 
@@ -980,8 +989,8 @@ def read_submitter(queue_id: str, queue: str) -> ClientSocket:
     try:
         with open(open_queue_file(queue_id, queue), "rb", MOST_RECORD_BYTES) as file:
             is_own, top = read_top(read_records(file))
-        match = re.match(FIRST_HEADER % queue_id.encode(), top)
-        if match is None or not (match[1] or is_own):
+        match = FIRST_HEADER.match(top)
+        if match is None or match[2] != queue_id.encode() or not (match[1] or is_own):
             raise ValueError("the first header is not Postfix's own: do header_checks change it?")
         return ClientSocket(int(match[1])) if match[1] else REMOTE
     except (OSError, ValueError) as error:
@@ -1010,6 +1019,7 @@ def open_queue_file(queue_id: str, queue: str) -> int:
         try:
             descriptor = os.open(f"{place}/{queue_id}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
+            # It grows while it is gone through: hash_queue_names makes a directory of each digit.
             places += [entry.path for entry in os.scandir(place) if len(entry.name) == 1]
             continue
         status = os.fstat(descriptor)
@@ -1104,7 +1114,7 @@ class Directory:
         """
         answers = self.answers[function]
         answer = answers.get(key)
-        patience = AGAIN_SECONDS if answer else FIRST_SECONDS
+        patience = AGAIN_SECONDS if answer or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
         for _ in range(2):  # the first question may have been put before the state changed
             if is_current(answer, state):
@@ -1123,7 +1133,7 @@ class Directory:
             if asked:
                 return asked
             asked = time.monotonic(), threading.Event()
-            if self.ending or len(self.asked) >= MOST_QUESTIONS:
+            if len(self.asked) >= MOST_QUESTIONS:
                 return float("-inf"), asked[1]  # nobody waits for it
             try:
                 threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
@@ -1146,7 +1156,7 @@ class Directory:
         answered.set()
 
     def end(self) -> None:
-        """Let nobody wait any more, as the milter is told to end."""
+        """Let nobody wait for long any more, as the milter is told to end."""
         with self.lock:
             self.ending = True
             for _, answered in self.asked.values():
@@ -1554,7 +1564,8 @@ class Limits:
         uid, limits = account.uid, {}
         for step, of_users in self.limits.items():
             limit = of_users.get(uid, of_users.get(account.name, of_users.get("*")))
-            limits.update({} if limit is None else {step: limit})
+            if limit is not None:
+                limits[step] = limit
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
@@ -2251,7 +2262,8 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     networks = map(ipaddress.ip_network, container_networks)
     if isinstance(lookup, PsutilLookup) or not any(ipaddress.ip_address(client.address) in one for one in networks):
         return REMOTE
-    server = lookup.whole(server, client)
+    dump = lookup.dump
+    server = whole_end(server, client, lambda: (one[1:3] for one in dump(0, client.port) if one.inode))
     mta_end = lookup.find_on_any_device(server, client) if server else None
     if mta_end is None:
         return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
@@ -3048,7 +3060,7 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     In a session that is cut off the MTA would go on without us. A second signal does that at once.
     """
     told, left = [signals.get()], 1
-    SysuserMilter.directory.end()
+    threading.Timer(AGAIN_SECONDS, SysuserMilter.directory.end).start()
     SysuserMilter.path = ""
     deadline = time.monotonic() + STOP_SECONDS
     if aside:  # new ones wait with the service manager

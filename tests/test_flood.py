@@ -70,12 +70,13 @@ def flooders():
     made = [Session().hello() for _ in range(sessions)]
     if kind == "recipients":
         return [(session.say(MAIL), RCPT * size, 1) for session in made]
-    if kind == "cut":  # Postfix writes what fills its buffer, and ends within a command; the client says no more
+    if kind in ("cut", "unknown"):  # Postfix writes what fills its buffer, up to within a command; nothing follows
+        command, before = (RCPT, 30) if kind == "cut" else (b"XX\r\n", 670)
         for session in made:
-            session.say(MAIL).sock.sendall(RCPT * 30)
-            for _ in range(30):
+            session.say(MAIL).sock.sendall(command * before)
+            for _ in range(before):
                 session.reply()
-        return [(session, RCPT * 30, 1) for session in made]
+        return [(session, command * 30, 1) for session in made]
     command = {"ends": b"QUIT\r\n", "noop": b"NOOP\r\n", "ehlo": HELLO, "rset": (MAIL + b"RSET\r\n") * size}[kind]
     return [(session, command, size if kind in ("noop", "ehlo") else 1) for session in made]
 
@@ -180,7 +181,7 @@ def flood(mail: types.SimpleNamespace, kind: str, sessions: int, size: int, roun
 @pytest.mark.parametrize("kind, sessions, size, rounds, in_long", [
     ("headers", 5, 60000, 12, 100), ("recipients", 5, 50000, 3, 20), ("body", 5, 10000, 2, 20), ("noop", 5, 5000, 2, 20),
     ("ehlo", 5, 5000, 2, 20), ("rset", 5, 2000, 2, 20), ("ends", 100, 0, 1, 10), ("beginnings", 100, 0, 2, 20),
-    ("cut", 16, 0, 8, 100), ("cut", 90, 0, 1, 20)])
+    ("cut", 16, 0, 8, 100), ("cut", 90, 0, 1, 20), ("unknown", 16, 0, 4, 20)])
 def test_no_session_waits_for_a_flood(kind: str, sessions: int, size: int, rounds: int, in_long: int,
                                       mail: types.SimpleNamespace, long: bool) -> None:
     """Neither for a greeting, nor for the answer to MAIL, nor for the end of its message."""
@@ -212,3 +213,16 @@ def test_no_session_waits_for_others_whose_lookups_take_long(users: types.Simple
                 assert time.monotonic() - began <= 0.5
                 for wire in slow + quick:
                     wire.sock.close()
+
+
+def test_a_message_of_too_many_headers_is_refused_and_logged_and_the_next_one_is_not(mail: types.SimpleNamespace) -> None:
+    """Of the same connection; the line has the queue id and the user, as any other."""
+    code = ("import smtplib, sys; client = smtplib.SMTP('127.0.0.1', int(sys.argv[1]))\n"
+            "for count in 1200, 900, 1200, 900:\n"
+            "    try: print(client.sendmail('a@example.org', 'b@example.org', 'X: y\\r\\n' * count + '\\r\\nbody\\r\\n'))\n"
+            "    except smtplib.SMTPDataError as refusal: print(refusal.smtp_code, refusal.smtp_error.decode())")
+    ran = mta.run_as("mst-alice", [mta.PYTHON, "-c", code, str(mail.postfix.port)])
+    assert ran.stdout.splitlines() == ["550 5.7.1 More than 1000 headers", "{}"] * 2, ran.stderr
+    lines = [line.split(maxsplit=3)[3] for line in mail.milter.wait_lines("user=mst-alice", 4)]
+    assert [line.rpartition(" action=")[2] for line in lines] == ["reject reason=headers", "tag"] * 2
+    assert all(len(line.partition(":")[0]) > 9 and " rcpts=1 " in line for line in lines), lines
