@@ -70,8 +70,8 @@ except ImportError as missing:  # --help and --version do without them; see main
 VERSION = "3.0"
 
 # ====================================================================================== settings
-# Plain values, one name each. Leave them here, and put such lines into the file that settings_file
-# names, where they outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
+# Leave these lines here, and put such lines into the file that settings_file names, where they
+# outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
 
 # The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that
 # run_as_user may write to. Where systemd hands the socket over, ListenStream= of its unit counts.
@@ -464,10 +464,9 @@ def make_room() -> None:
 
 
 def report_exception(kind: Any, error: Any, trace: Any) -> None:
-    """Log a traceback.
+    """Log a traceback. pymilter calls this, too, as sys.excepthook, for bytes that it cannot decode.
 
-    pymilter calls this, as sys.excepthook, and not the callback for bytes that it cannot decode. If
-    they were the name behind EHLO, the owner is confirmed here.
+    If they stand behind EHLO, hello is not called, and the owner is confirmed here.
     """
     session = getattr(SysuserMilter.this_thread, "session", None)
     if kind is UnicodeDecodeError and session and not session.confirmed:
@@ -612,8 +611,7 @@ COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, ho
 def log_target() -> tuple[int, bool]:
     """Give the descriptor to log to, and whether the journal reads it (systemd.exec(5)).
 
-    A pipe or terminal is opened anew: then no write waits for whoever reads it, and no other
-    program that writes to it notices.
+    A pipe or terminal is opened anew, so that no write waits, and no other writer notices.
     """
     status = os.fstat(2)
     journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -636,9 +634,9 @@ def say(level: int, text: str) -> None:
             if journalled:  # a journald that was stopped does not take its streams up again
                 # systemd.io/JOURNAL_NATIVE_PROTOCOL; the facility is mail, as in the unit
                 fields = b"PRIORITY=%d\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=%b\n"
+                native = fields % (level, data[len(stamp):])
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-                    journal.setblocking(False)
-                    journal.sendto(fields % (level, data[len(stamp):]), "/run/systemd/journal/socket")
+                    journal.sendto(native, socket.MSG_DONTWAIT, "/run/systemd/journal/socket")
 
 
 def complain(text: str, *details: str, level: int = ERROR) -> bool:
@@ -674,17 +672,15 @@ def endpoint(address: str, port: int) -> Endpoint:
 
 
 class KernelLookup:
-    """Ask the kernel, without privilege: sock_diag(7), and rtnetlink(7) for what is local.
-
-    The sockets are opened once: a milter that is short of descriptors still knows its clients.
-    """
+    """Ask the kernel, without privilege: sock_diag(7), and rtnetlink(7) for what is local."""
 
     name = "sock_diag"
 
     def __init__(self, what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
-        """Open the sockets; what_was_dialled: by a redirected client, or why that is not known."""
+        """Open the sockets, for good; what_was_dialled: by a redirected client, or why not known."""
         self.what_was_dialled, self.lock, self.number = what_was_dialled, threading.Lock(), 0
         self.buffer = ctypes.create_string_buffer(32768)
+        # Later there may be no descriptors left.
         self.sock_diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
         self.rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
 
@@ -739,10 +735,8 @@ class KernelLookup:
         return diag if found == (source, destination, True) else None  # it may offer a listener
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
-        """Look for one socket by both ends in the list; None if there is none, or several.
-
-        Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
-        """
+        """Look for one socket by both ends in the list; None if there is none, or several."""
+        # Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
         return found[0] if len(found) == 1 else None
@@ -809,10 +803,7 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
 
 def whole_end(server: Optional[Endpoint], client: Endpoint,
               pairs: Callable[[], Iterable[Any]]) -> Optional[Endpoint]:
-    """Give the MTA's end; where the MTA does not say all of it, the one that has this peer, or None.
-
-    pairs: gives both ends of each socket.
-    """
+    """Give the MTA's end; if the MTA does not say all of it, that of the pairs with this peer, or None."""
     port = server.port if server else 0
     if server and port and any(server.address):
         return server
