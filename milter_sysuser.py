@@ -145,9 +145,9 @@ log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 # Example: ["/usr/bin/lsof"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 
-# A file of lines "name = value" that override the settings above; None: no file. Never executed.
-# Only its owner, root or who starts this, may have the right to write to it. The trap: a value
-# there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
+# A file of lines "name = value" that override the settings above, if it exists; None: no file. It
+# is never executed. Only its owner, root or who starts this, may have the right to write to it.
+# The trap: a value there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
 settings_file = "/etc/milter_sysuser.conf"
 # =============================================================================== end of settings
 
