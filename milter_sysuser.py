@@ -14,10 +14,8 @@ in the log:
 
 The user is the one who made the client's socket, as the kernel's sock_diag says it: blocking and
 limits rest on that alone. The program is what holds the socket at the time: a description, never a
-credential. What is not known is written "?", and is never turned into root or somebody else.
-
-It cannot know who is behind a relay on this host (docker-proxy, another network namespace, XCLIENT
-or PROXY), and it promises nothing against root. README.md has the whole list.
+credential. What is not known is written "?", and is never turned into root or somebody else. What
+cannot be known, as who is behind a relay on this host, is listed in README.md.
 
 To see who is named, read in this order: SysuserMilter (connect, confirm, identify),
 KernelLookup.find_client_socket, why_not_root, look_up_account. Who is refused: SysuserMilter.judge
@@ -72,50 +70,47 @@ except ImportError as missing:  # --help and --version do without them; see main
 VERSION = "3.0"
 
 # ====================================================================================== settings
-# Plain values, one name each. Leave them here, and put such lines into the file that settings_file
-# names, where they outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
+# Leave these lines here, and put such lines into the file that settings_file names, where they
+# outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
 
 # The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that
 # run_as_user may write to. Where systemd hands the socket over, ListenStream= of its unit counts.
-# The trap: Postfix's smtpd may be chrooted. A path below /var/spool/postfix works either way, if
+# The trap: Postfix's smtpd may be chrooted; a path below /var/spool/postfix works either way, if
 # main.cf names it without that prefix. Example: "/run/milter_sysuser/milter.sock", for Sendmail
 socketname = "/var/spool/postfix/private/milter.sock"
 
-# Seconds to wait for the MTA to go on with a message before its connection is dropped; 0: never
-# (24 days, the longest there is). The trap: where the MTA has default_action=accept, whoever sends
-# more slowly than this is let through unseen, forged header and all. Example: 7200
+# Seconds to wait for the MTA before its connection is dropped; 0: never (24 days). The trap: where
+# the MTA has default_action=accept, whoever sends more slowly is let through unseen. Example: 7200
 timeout = 0
 
-# The user to become when started as root, for good: the one the MTA's smtpd runs as. Already being
-# that user is fine. None: stay as started. The trap: started as root with None, the mail-facing
-# process stays root, and only root may connect to its socket. Example: "milter-sysuser"
+# The user to become for good when started as root: the one the MTA's smtpd runs as. The trap:
+# started as root with None, which is to stay as started, the mail-facing process stays root, and
+# only root may connect to its socket. Example: "milter-sysuser"
 run_as_user = "postfix"
 
-# Who may not send mail: user names, numeric uids, "@group" for everyone in a group. Names may
-# contain blanks. The trap: digits in quotes are a uid, and also the user of that name if there is
-# one. Example: ["bob", 1004, "@suspended"]
+# Who may not send mail: user names (also with blanks), uids, "@group" for all in a group. The trap:
+# digits in quotes are a uid, and the user of that name. Example: ["bob", 1004, "@suspended"]
 blocked_mailusers = []
 
-# A file with one such entry a line, "#" begins a comment; read again when it changes, without a
-# restart. It must belong to root or run_as_user and be writable by its owner only. The trap: a file
-# edited in place is empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
+# A file with one such entry a line, "#" begins a comment; read again when it changes. Only its
+# owner, root or run_as_user, may have the right to write to it. The trap: a file edited in place is
+# empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
 blocked_mailusers_file = None
 
-# Who alone may send mail: a list of such entries, or None for everyone. Everyone else is treated as
-# blocked, and the block lists apply as well. The trap: mailing lists, content filters and root send
-# mail, too. Example: ["@customers", "root"]
+# Who alone may send mail: a list of such entries, or None for everyone. All others are blocked, and
+# the block lists apply as well. The trap: mailing lists, content filters and root send mail, too.
+# Example: ["@customers", "root"]
 allowed_mailusers = None
 
 # What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again),
-# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed and tagged, and the log says what
-# would have been done). The trap: a program without a queue loses mail by "tempfail", too.
-# Example: "quarantine"
+# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed, and the log says so). The trap: a
+# program without a queue loses mail by "tempfail", too. Example: "quarantine"
 blocked_action = "reject"
 
 # What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail",
-# "quarantine" or "reject" (550; 450 where the client is not at fault). The trap: a user can arrange
-# to be unknown by closing early. With "accept" a blocked user's mail can pass that way, unnamed; with
-# the others a client that is merely hasty is refused. Example: "quarantine"
+# "quarantine" or "reject" (550; 450 where the client is not at fault). The trap: by closing early a
+# blocked user can arrange to be unknown, and "accept" lets that pass; the others also stop a client
+# that is merely hasty. Example: "quarantine"
 unidentified_action = "accept"
 
 # How many recipients a user may address in any hour, by SMTP and by sendmail(1) together: by name
@@ -123,14 +118,13 @@ unidentified_action = "accept"
 # too, and the count is lost at a restart. Example: {"*": 200, "www-data": 1000, "root": None}
 hourly_limits = {}
 
-# The same for any day, counted in steps of an hour. The trap: a restart begins a new day, for a
-# user who is over his limit as well. Example: {"*": 1000, "newsletter": 50000, "root": None}
+# The same for any day, in steps of an hour. The trap: a restart begins a new day, also for a user
+# over his limit. Example: {"*": 1000, "newsletter": 50000, "root": None}
 daily_limits = {}
 
 # The networks of this host's containers (docker, podman, LXC): their clients are named, too, by the
 # kernel's uid as a number. It takes the helper. The trap: a container without a user namespace has
-# the host's uids, its root is uid 0, and lists and limits count it as that.
-# Example: ["172.17.0.0/16", "fd00:17::/64"]
+# the host's uids, its root is uid 0. Example: ["172.17.0.0/16", "fd00:17::/64"]
 container_networks = []
 
 # The name of the header that is added, and removed wherever else it comes from. The trap: a new
@@ -138,9 +132,8 @@ container_networks = []
 header_name = "X-Sender-Process-Info"
 
 # What the header says, in this order: user, uid, program, pid, exe, args (the command line), dir
-# (working directory), unit (systemd unit or container). []: no header is added, forged ones are
-# still removed. The trap: the header leaves with the mail, and args can hold passwords.
-# Example: ["user"]
+# (working directory), unit (systemd unit or container). []: none is added, forged ones still go.
+# The trap: the header leaves with the mail, and args can hold passwords. Example: ["user"]
 header_fields = ["user", "program"]
 
 # The same choice for the log. The trap: the README's recipes expect the fields as delivered.
@@ -153,44 +146,22 @@ log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 
 # A file of lines "name = value" that override the settings above, if it exists; None: no file. It
-# is never executed. It must belong to root, or to whoever starts this, and be writable by its owner
-# only. The trap: a value there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
+# is never executed. Only its owner, root or who starts this, may have the right to write to it.
+# The trap: a value there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
 settings_file = "/etc/milter_sysuser.conf"
 # =============================================================================== end of settings
 
 FIELDS = ("user", "uid", "program", "pid", "exe", "args", "dir", "unit")
-REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, RFC 3463 3.8
+REFUSALS = {"reject": ("550", "5.7.1"), "tempfail": ("450", "4.7.1")}  # RFC 5321 4.2.3, 3463 3.8
 UNIDENTIFIED = "Sender process could not be identified"
-# Why an owner is unknown where that was not the client's doing: no reason to refuse for good.
-OUR_FAULTS = {"busy", "container", "error", "no-helper", "not-permitted", "timeout"}
-ERROR, WARNING, INFO = 3, 4, 6  # syslog(3)
-LEVELS = {ERROR: "ERROR", WARNING: "WARNING", INFO: "INFO"}
-
-EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-STOP_SECONDS = 10.0  # for open sessions to end
-MOST_FORGED = 100  # headers; to remove n takes the MTA n * n steps
 # Of all headers. A hundred hops (RFC 5321, 6.3) and fifty ARC sets of three (RFC 8617, 4.2.1) leave
-# as much again and more for what programs add.
-MOST_HEADERS = 1000
+# as much again and more for programs. To remove n forged ones takes the MTA n * n steps.
+MOST_HEADERS, MOST_FORGED = 1000, 100
 RIVAL_SECONDS = 0.3  # what a session waits at most for another's queue id
-COMPLAINT_SECONDS = 60  # between two lines that complain of the same
-VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
-LINE_BYTES = 4000  # of a line in the log: below PIPE_BUF, so that a pipe takes all of it or nothing
-MOST_REMEMBERED = 10_000  # entries in each memory; the longest unused is forgotten first
-MOST_FILE_BYTES, MOST_WARNED = 1 << 20, 1000  # of a list of users; entries to look up for a warning
-MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
-
-M_ARENA_MAX = -8  # malloc.h of glibc
-
 LINUX = sys.platform.startswith("linux")
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
 SET_STACK_LIMITS = getattr(ctypes.pythonapi, "PyUnstable_ThreadState_SetStackProtection", None)
 ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
-ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
-                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
-# A line of the file: an entry in quotes or not, then a comment; "#" between two letters begins none.
-LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
 
 
 # ------------------------------------------------------------------------------------- the milter
@@ -198,12 +169,11 @@ class SysuserMilter(Base):  # type: ignore[misc]
     """One session of the MTA with a client; several messages may come through it.
 
     connect asks the kernel whose the client's socket is, and claims it. hello confirms that while
-    the client waits for the answer (envfrom, if the client says no EHLO): a client that goes on was
-    still connected. envrcpt has the process described, while he waits, too. eom decides, acts and
-    logs; header does, where there are too many.
+    the client waits for the answer: one that goes on was still connected. envrcpt has the process
+    described, while the client waits, too. eom decides, acts and logs.
     """
 
-    # Set once, in "prepare", for all sessions.
+    # Set once, at the start, for all sessions.
     lookup: Lookup
     directory: Directory
     blocked: UserList
@@ -212,34 +182,28 @@ class SysuserMilter(Base):  # type: ignore[misc]
     describer: Describer
     path = ""  # of the socket that libmilter listens on
     queue = ""  # Postfix's queue_directory, where who called sendmail(1) is read
-    # The sessions by the socket of the MTA's that each took for its own: one each, or nobody knows
-    # whose a message is.
+    # Sessions by the cookie of the MTA's end that each took for its own: two cannot both be right.
     claims: dict[Any, list[SysuserMilter]] = {}
     claims_lock = threading.Lock()
+    this_thread = threading.local()  # whose session; pymilter keeps one thread state for each
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Know nothing of a client."""
         self.client: Optional[str] = None  # address and port, as the log has them
         self.owner = unknown("error")
         self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
-        self.claimed: Any = None  # the cookie of the MTA's end
-        self.confirmed, self.ended = False, False
-        self.rivals: list[SysuserMilter] = []  # sessions that claim the same socket
+        self.confirmed = False
+        self.shaken = False  # whether a rival has ended since the owner was looked up
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
         self.commands, self.headers = 0, 0
         self.forged: list[str] = []
-        self.hidden = False  # whether a header of our name stands behind a bare CR
+        self.refused: Optional[Verdict] = None  # for its headers
 
     def negotiate(self, opts: list[int]) -> int:
         """Ask the MTA for the server's end (pymilter's own symlist fails on Python 3)."""
-        # pymilter carries one thread state from worker thread to worker thread. Python 3.14 keeps
-        # the stack limits of the first, and ends the process when it finds itself outside of them
-        # (cpython gh-139653). Limits that every stack lies above switch that check off.
+        # pymilter takes one thread state from thread to thread. Python 3.14 keeps the limits of the
+        # first stack, and ends the process outside of them (cpython gh-139653); here is no outside.
         if SET_STACK_LIMITS:
             this_state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
             SET_STACK_LIMITS(this_state, ctypes.c_void_p(4096), ctypes.c_size_t(1 << 20))
@@ -249,11 +213,9 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
         """Ask the kernel who has connected. The MTA waits for this before it greets the client."""
-        THIS_THREAD.session = self  # pymilter keeps one thread state for each session
-        self.close()  # a session whose client is announced once more begins anew
-        self.begin()
+        self.this_thread.session = self
         if isinstance(hostaddr, str) or (hostaddr and not hostaddr[1]):
-            # The MTA's emulation of a client; with a port of the server's one by XCLIENT, from afar.
+            # The MTA's emulation of a client; where the server has a port, by XCLIENT, from afar.
             self.submitted = self.getsymval("{daemon_port}") in (None, "", "0")
             self.owner, self.facts = REMOTE, {"why": "submitted"}
         elif hostaddr is None:
@@ -262,21 +224,16 @@ class SysuserMilter(Base):  # type: ignore[misc]
             self.client = ("[%s]:%d" if ":" in hostaddr[0] else "%s:%d") % tuple(hostaddr[:2])
             self.owner = self.find_owner(endpoint(hostaddr[0], hostaddr[1]))
         if self.owner.uid is not None:
-            self.claimed = self.owner.cookie
             with self.claims_lock:
-                self.rivals = self.claims.get(self.claimed, [])
-                for rival in self.rivals:
-                    rival.rivals = rival.rivals + [self]
-                self.claims[self.claimed] = self.rivals + [self]
+                self.claims.setdefault(self.owner.mta_end.cookie, []).append(self)
         return int(Milter.CONTINUE)
 
     def find_owner(self, client: Endpoint) -> ClientSocket:
         """Find the client's socket."""
-        try:
+        server: Optional[Endpoint] = None
+        with contextlib.suppress(ValueError):
             port = int(self.getsymval("{daemon_port}") or 0)
             server = endpoint(self.getsymval("{daemon_addr}") or "", port)
-        except ValueError:
-            server = None
         try:
             owner = self.lookup.find_client_socket(client, server)
             if owner is REMOTE and container_networks:
@@ -287,29 +244,24 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return unknown("error")
 
     def hello(self, hostname: str) -> int:
-        """Confirm the owner: behind EHLO's answer a client can send all the rest at once, and reset."""
-        self.try_to_confirm()
+        """Confirm the owner: behind EHLO's answer a client can send all the rest and reset."""
+        if self.owner.uid is not None:
+            with contextlib.suppress(OSError, psutil.Error):  # at the end it is tried again
+                self.confirm()
         return self.answer()
 
     def answer(self) -> int:
-        """Go on; at each hundredth command make room, since the client may leave no pause between them."""
+        """Go on; at each hundredth command make room: there may be no pause between them."""
         self.commands += 1
         if self.commands % 100 == 0:
             make_room()
         return int(Milter.CONTINUE)
 
-    def try_to_confirm(self) -> None:
-        """Confirm the owner if that can be done now; at the end it is tried again."""
-        if self.owner.uid is not None:
-            with contextlib.suppress(OSError, psutil.Error):
-                self.confirm()
-
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
         self.sender, self.recipients, self.queue_id = sender, 0, None
-        self.headers, self.forged, self.hidden, self.account = 0, [], False, None
-        self.try_to_confirm()
-        return self.answer()
+        self.headers, self.forged, self.refused, self.account = 0, [], None, None
+        return self.hello(sender)
 
     # The MTA waits for the answer to a recipient, a header and a command that it does not know. Did it
     # not, a client could let it write half a command, or have the next one there for as long as he
@@ -335,22 +287,23 @@ class SysuserMilter(Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def header(self, name: str, value: str) -> int:
-        """Note a header that only we may write, also behind a bare CR, which some take for a line's end.
-
-        A message with more headers than any honest one has is refused at once.
-        """
+        """Note a header of our name, also behind a bare CR, which some take for a line's end."""
         self.headers += 1
-        if self.headers > MOST_HEADERS and not self.submitted:  # which can be held at its end only
-            return self.eom()
         if len(self.forged) <= MOST_FORGED and name.strip().lower() == header_name.lower():
             self.forged.append(name)
-        if "\r" in value or "\r" in name:
-            ours = rf"[\r\n]{re.escape(header_name)}[\x00-\x20]*:"
-            self.hidden |= bool(re.search(ours, f"{name}:{value}", re.IGNORECASE))
+            if len(self.forged) > MOST_FORGED:
+                self.refused = Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
+        if "\r" in name + value and re.search(
+                rf"[\r\n]{re.escape(header_name)}[\x00-\x20]*:", f"{name}:{value}", re.IGNORECASE):
+            self.refused = Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
+        if self.headers > MOST_HEADERS:
+            self.refused = Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
+            if not self.submitted:  # else it can only be held, at its end
+                return self.eom()
         return int(Milter.CONTINUE)
 
     def eom(self) -> int:
-        """Decide, act and log, the message being complete; or refused before it is."""
+        """Decide, act and log."""
         sender, verdict = Sender(None, "error"), Verdict("tempfail", "unidentified", UNIDENTIFIED)
         try:
             if self.submitted:
@@ -365,8 +318,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
                 seen = self.account or (None if uid is None else Account(uid, uid))
                 verdict = self.judge(Sender(None, "error", {}, seen), by_memory=True)
         if self.submitted and verdict.action in REFUSALS:
-            # A refusal would bounce to a sender that can be made up, or fill maildrop, which the MTA
-            # then reads again every minute.
+            # A refusal would bounce to a sender that can be made up, or stay in maildrop.
             verdict = verdict._replace(action="quarantine")
         for step in (self.act, self.write_log):
             try:
@@ -380,64 +332,63 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def close(self) -> int:
         """Give the socket back."""
-        self.ended = True
         with self.claims_lock:
-            others = [session for session in self.claims.pop(self.claimed, []) if session is not self]
-            if others:
-                self.claims[self.claimed] = others
+            cookie = self.owner.mta_end.cookie
+            others = [session for session in self.claims.get(cookie, []) if session is not self]
+            for rival in others:
+                rival.shaken |= not (self.queue_id and rival.queue_id == self.queue_id)
+            self.claims[cookie] = others  # only now: "confirm" looks here, and then at "shaken"
+            if not others:
+                del self.claims[cookie]
         return int(Milter.CONTINUE)
 
     def confirm(self) -> str:
-        """Say why the owner cannot be believed, or "" once he can be: then for good, without rivals.
+        """Say why the owner cannot be believed, or "" once he can be: for good, without rivals.
 
         Between accept(2) and the look at the kernel, a client can reset and let another user's
         connection take its four endpoints. While the MTA's end lives, the client's end cannot
-        change hands. So two things must be true. The MTA's end must still be the one that was looked
-        at, by its cookie. And the MTA must have read from it since, which shows that the session is
-        its own: from a newer connection's end the MTA reads nothing until it has announced that
-        connection, too. Then two sessions, rivals, claim one end, and what was read before proves
-        nothing for either.
+        change hands. So the MTA's end must still be the one that was looked at, by its cookie. And
+        the MTA must have read from it since: from a newer connection's end it reads nothing until it
+        has announced that, too. Then two sessions, rivals, claim one end, and what was read before
+        proves nothing for either.
         """
-        owner, rivals = self.owner, self.unexplained_rivals()
-        if self.confirmed and not rivals:
+        rivals = self.rivals()
+        if self.confirmed and not rivals and not self.shaken:
             return ""
         self.confirmed = False
-        cookie, mta_bytes_read = self.lookup.look_again(owner)
-        if cookie != owner.cookie:
-            return "closed" if cookie is None else "reused"
-        if not rivals and mta_bytes_read > owner.mta_bytes_read:
+        before, now = self.owner.mta_end, self.lookup.look_again(self.owner.mta_end)
+        if now is None or now.cookie != before.cookie:
+            return "reused" if now else "closed"
+        if self.shaken and not rivals:
+            self.owner, self.shaken = self.owner._replace(mta_end=now), False
+        elif not rivals and now.read > before.read:
             self.confirmed = True
             return ""
-        # Until DATA, a rival may still turn out to be the same session of the MTA's.
-        if rivals and (self.queue_id or all(rival.ended for rival in rivals)):
-            self.owner = owner._replace(mta_bytes_read=mta_bytes_read)
-            with self.claims_lock:
-                self.rivals = [rival for rival in self.rivals if not rival.ended]
         return "reused"
 
-    def unexplained_rivals(self) -> list[SysuserMilter]:
-        """Give the sessions with the same claim, but those that are the same session of the MTA's.
+    def rivals(self) -> list[SysuserMilter]:
+        """Give the other sessions with the same claim, but not the same session of the MTA's.
 
-        The MTA can announce one connection twice, by XCLIENT or where the milter is listed twice. The
-        message then has one queue id in both, from DATA on, which is waited for: it may come later.
+        The MTA can announce one connection twice: by XCLIENT, or where the milter is listed twice.
+        The message then has one queue id in both, from DATA on, which is waited for.
         """
         deadline = time.monotonic() + (RIVAL_SECONDS if self.queue_id else 0.0)
         while True:
-            others = [rival for rival in self.rivals if rival.queue_id != self.queue_id or not rival.queue_id]
-            if all(rival.ended for rival in others) or time.monotonic() >= deadline:
-                return others
+            rivals = [session for session in self.claims.get(self.owner.mta_end.cookie, [])
+                      if session is not self and not (self.queue_id and session.queue_id == self.queue_id)]
+            if not rivals or time.monotonic() >= deadline:
+                return rivals
             time.sleep(0.002)
 
     def identify(self) -> Sender:
-        """Say who sent the message; or why that is not known, and who it may have been."""
+        """Say who sent the message, or who it may have been."""
         owner, facts = self.owner, self.facts
         if owner.uid is None:
             return Sender(None, "" if owner is REMOTE else owner.why)
         account = self.account or self.directory.account(owner.uid, owner.in_container)
-        other = None
-        if facts.get("holder_uid", owner.uid) != owner.uid:
-            holder = self.directory.account(facts["holder_uid"], owner.in_container)
-            other = holder if holder.uid != account.uid else None
+        uid = facts.get("holder_uid", owner.uid)
+        holder = account if uid == owner.uid else self.directory.account(uid, owner.in_container)
+        other = holder if holder.uid != account.uid else None
         why = self.why_not_named(account)
         if why:
             return Sender(None, why, {}, account, other)
@@ -450,25 +401,23 @@ class SysuserMilter(Base):  # type: ignore[misc]
         try:
             why = self.confirm() or account.doubt
             if self.owner.uid == 0 and not why and not self.owner.process:
-                why = why_not_root(self.owner.client.port, self.facts)
+                why = why_not_root(self.owner.mta_end.destination.port, self.facts)
             return why
         except (OSError, psutil.Error) as error:
             complain("the owner of a connection could not be asked for", str(error))
             return "error"
 
     def judge(self, sender: Sender, by_memory: bool = False) -> Verdict:
-        """Say what becomes of the message; by_memory: by the lists as they were last, without limits."""
-        refused = self.refusal_of_headers()
-        if refused:
-            return refused
+        """Say what becomes of the message; by_memory: by the lists as they were last."""
+        if self.refused:
+            return self.refused
         if self.owner is REMOTE:
             return Verdict("pass")
-        blocked = self.blocked.entries if by_memory else self.blocked.now()
-        allowed = None
-        if self.allowed:
-            allowed = self.allowed.entries if by_memory else self.allowed.now()
-        for suspect in sender.suspects():
-            refused = refusal_of(suspect, blocked, allowed)
+        blocked, *allowed = [users.entries if by_memory else users.now()
+                             for users in (self.blocked, self.allowed) if users]
+        suspects = (sender.account,) if sender.account else (sender.maybe, sender.holder)
+        for suspect in filter(None, suspects):
+            refused = refusal_of(suspect, blocked, *allowed)
             if refused:
                 return refused
         if sender.account is None:
@@ -476,16 +425,6 @@ class SysuserMilter(Base):  # type: ignore[misc]
         if unidentified_action != "accept" and is_unsaid(sender.account, blocked):
             return unidentified("error")
         return self.limits.verdict(sender.account, self.recipients) or passed()
-
-    def refusal_of_headers(self) -> Optional[Verdict]:
-        """Refuse headers that are too many, or forged in a way that cannot be removed; None: they are not."""
-        if self.headers > MOST_HEADERS:
-            return Verdict("reject", "headers", f"More than {MOST_HEADERS} headers")
-        if len(self.forged) > MOST_FORGED:
-            return Verdict("reject", "forged", f"More than {MOST_FORGED} {header_name} headers")
-        if self.hidden:
-            return Verdict("reject", "forged", f"A {header_name} header behind a bare CR")
-        return None
 
     def act(self, verdict: Verdict, sender: Sender) -> None:
         """Have the MTA do it."""
@@ -504,8 +443,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Write the message's one line."""
         pairs: list[tuple[str, Any]] = [("client", self.client)]
         pairs += sender.values(log_fields) if self.owner is not REMOTE else []
-        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients)]
-        pairs += [("action", verdict.action)]
+        pairs += [("from", self.sender.strip("<>")), ("rcpts", self.recipients), ("action", verdict.action)]
         pairs += [("reason", verdict.reason)] if verdict.reason else []
         pairs += [("lookup", sender.lookup)] if sender.lookup else []
         for key, account in ("maybe", sender.maybe), ("holder", sender.holder):
@@ -514,36 +452,37 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
 
 def make_room() -> None:
-    """Have libmilter start another thread. To be called by a session that may keep its own for long.
+    """Have libmilter start another thread; for a session that may keep its own for long.
 
-    Where libmilter has a pool of threads (worker.c, in Debian's build), it can give several sessions
-    to one thread that is still idle. The thread takes one, and stays with it while it has a command;
-    the others wait until any thread looks for work, which one does that was started for a new
-    connection, be it closed at once.
+    libmilter's pool of threads (worker.c, in Debian's build) can give several sessions to one idle
+    thread, which stays with the first while that has a command. The others wait until a thread
+    looks for work, as one does that is started for a new connection, be it closed at once.
     """
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         probe.connect(SysuserMilter.path)
 
 
-THIS_THREAD = threading.local()
-
-
 def report_exception(kind: Any, error: Any, trace: Any) -> None:
-    """Log a traceback.
+    """Log a traceback. pymilter calls this, too, as sys.excepthook, for bytes that it cannot decode.
 
-    Where pymilter cannot decode some bytes, it calls this, as sys.excepthook, and not the callback.
-    If that was the name behind EHLO, the owner is confirmed here instead.
+    If they stand behind EHLO, hello is not called, and the owner is confirmed here.
     """
-    session = getattr(THIS_THREAD, "session", None)
+    session = getattr(SysuserMilter.this_thread, "session", None)
     if kind is UnicodeDecodeError and session and not session.confirmed:
-        session.try_to_confirm()
+        session.hello("")
     if complain(f"a callback failed: {kind.__name__}") and kind is not UnicodeDecodeError:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             say(ERROR, "  " + line.encode("ascii", "backslashreplace").decode())
 
 
 # ---------------------------------------------------------------------------------- values, the log
+VALUE_CHARACTERS, LINE_OCTETS = 256, 998  # of a value; of a header's line (RFC 5322, 2.1.1)
+MOST_REMEMBERED = 10_000  # entries in each memory
+Facts = dict[str, Any]  # of one process: FIELDS, and "holder_uid"; or "why" they are unknown
+Lookup = Union["KernelLookup", "PsutilLookup"]
+
+
 class Endpoint(NamedTuple):
     """One end of a TCP connection; a v4-mapped address is the four bytes it stands for."""
 
@@ -551,18 +490,34 @@ class Endpoint(NamedTuple):
     port: int
 
 
+class Diag(NamedTuple):
+    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
+
+    state: int
+    source: Endpoint
+    destination: Endpoint
+    uid: int
+    inode: int
+    cookie: Any = None  # the kernel's number of this one socket, never used again
+    cgroup: int = 0  # inode number of the cgroup v2 directory; 0: not known (before Linux 5.8)
+    read: int = 0  # bytes that were received and that a process has taken; 0 before Linux 4.1
+    received: int = 0  # 0 before Linux 4.1
+    sent: int = 0  # 0 before Linux 4.19
+    interface: int = 0  # the index of the device that it is bound to; 0: none
+
+    def can_be_behind(self, mta_end: Diag) -> bool:
+        """Tell whether a socket that dialled the same can be the client of the MTA's end."""
+        return self.received <= mta_end.sent and (self.inode > 0 or self.state != FIN_WAIT2)
+
+
 class ClientSocket(NamedTuple):
-    """The client's end of a connection: whose it is, and how the MTA's end is found again."""
+    """The client's end of a connection: whose it is; and the MTA's end, as it was then."""
 
     uid: Optional[int]  # of whoever made it; None: not known
     why: str = ""  # one word, where uid is None
     inode: int = 0  # 0: no process has it open any more
     cgroup: int = 0
-    cookie: Any = None  # of the MTA's end, which is one connection's and no other's; see Diag
-    client: Endpoint = Endpoint(b"", 0)
-    mta_end: Endpoint = Endpoint(b"", 0)
-    interface: int = 0  # the index of the device that the MTA's end is bound to; 0: none
-    mta_bytes_read: int = 0  # that the MTA had read from the connection when this was asked
+    mta_end: Diag = Diag(0, Endpoint(b"", 0), Endpoint(b"", 0), 0, 0)
     process: Optional[psutil.Process] = None  # that has it; only where there is no sock_diag
     in_container: bool = False  # whether the uid's name is the container's own, not this host's
 
@@ -575,9 +530,6 @@ def unknown(why: str) -> ClientSocket:
     return ClientSocket(None, why)
 
 
-Facts = dict[str, Any]  # of one process: FIELDS, and "holder_uid"; or "why" they are unknown
-
-
 class Sender(NamedTuple):
     """Who sent a message, and with what."""
 
@@ -586,11 +538,6 @@ class Sender(NamedTuple):
     facts: Facts = {}
     maybe: Optional[Account] = None  # who was seen, and could not be confirmed
     holder: Optional[Account] = None  # who has the socket, if that is somebody else
-
-    def suspects(self) -> list[Account]:
-        """Give whom the lists are asked about: the sender, else all who may be him."""
-        accounts = (self.account,) if self.account else (self.maybe, self.holder)
-        return [account for account in accounts if account]
 
     def values(self, fields: Iterable[str]) -> list[tuple[str, Any]]:
         """Give the fields of a header or log line with their values, None where one is unknown."""
@@ -637,13 +584,12 @@ def key_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
 
 def fold(words: list[str], taken: int) -> str:
     """Join words, breaking lines so that none passes 998 octets; taken: octets of the name."""
-    lines, room = [""], LINE_OCTETS - taken
+    text, room = "", LINE_OCTETS - taken + 1
     for word in words:
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > room:
-            lines.append("")
-            room = LINE_OCTETS - 1
-        lines[-1] += (" " if lines[-1] else "") + word
-    return "\n\t".join(lines)
+        fits = len(word) < room
+        room = (room if fits else LINE_OCTETS) - len(word) - 1
+        text += (" " if fits else "\n\t") + word
+    return text[1:]
 
 
 def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REMEMBERED) -> None:
@@ -654,23 +600,24 @@ def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = MOST_REME
         del memory[next(iter(memory))]
 
 
-# systemd.io/JOURNAL_NATIVE_PROTOCOL; the facility is mail, as in the unit
-JOURNAL_FIELDS = b"PRIORITY=%d\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=%b\n"
+LEVELS = {3: "ERROR", 4: "WARNING", 6: "INFO"}  # syslog(3)
+ERROR, WARNING, INFO = LEVELS
+LINE_BYTES = 4000  # below PIPE_BUF, so that a pipe takes all of a line or nothing
+COMPLAINT_SECONDS = 60  # between two lines that complain of the same
+COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
 
 
 @functools.lru_cache(maxsize=1)
 def log_target() -> tuple[int, bool]:
     """Give the descriptor to log to, and whether the journal reads it (systemd.exec(5)).
 
-    A pipe or terminal is opened anew: then no write waits for whoever reads it, and no other
-    program that writes to it notices.
+    A pipe or terminal is opened anew, so that no write waits, and no other writer notices.
     """
     status = os.fstat(2)
     journalled = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
         with contextlib.suppress(OSError):
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-            return os.open("/proc/self/fd/2", flags), journalled
+            return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), journalled
     return 2, journalled
 
 
@@ -678,20 +625,18 @@ def say(level: int, text: str) -> None:
     """Write one line, with its level for journald (sd-daemon(3)), else with time and level."""
     with contextlib.suppress(OSError):  # a full disk or pipe must not reach the mail
         descriptor, journalled = log_target()
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        stamp = f"<{level}>" if journalled else f"{now} {LEVELS[level]} "
+        stamp = f"<{level}>" if journalled else time.strftime(f"%Y-%m-%d %H:%M:%S {LEVELS[level]} ")
         data = escape((stamp + text).encode("utf-8", "backslashreplace"), rb"[\x00-\x1f\x7f]")[:LINE_BYTES]
         try:
             if select.select([], [descriptor], [], 0)[1]:  # else nobody reads: the line is lost
                 os.write(descriptor, data + b"\n")
         except ConnectionError:
             if journalled:  # a journald that was stopped does not take its streams up again
+                # systemd.io/JOURNAL_NATIVE_PROTOCOL; the facility is mail, as in the unit
+                fields = b"PRIORITY=%d\nSYSLOG_FACILITY=2\nSYSLOG_IDENTIFIER=milter_sysuser\nMESSAGE=%b\n"
+                native = fields % (level, data[len(stamp):])
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-                    journal.setblocking(False)
-                    journal.sendto(JOURNAL_FIELDS % (level, data[len(stamp):]), "/run/systemd/journal/socket")
-
-
-COMPLAINTS: dict[str, tuple[float, int]] = {}  # by text: when it was logged, how often it was not
+                    journal.sendto(native, socket.MSG_DONTWAIT, "/run/systemd/journal/socket")
 
 
 def complain(text: str, *details: str, level: int = ERROR) -> bool:
@@ -713,65 +658,34 @@ NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
 RTM_GETROUTE, RTA_DST, RTN_LOCAL, RTN_ANYCAST = 26, 1, 2, 4
 LOOPBACK = 1  # LOOPBACK_IFINDEX: the index of lo, in every network namespace
 NETLINK_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: size, kind, flags, number, port
+V4_MAPPED = bytes(10) + b"\xff\xff"  # how IPv6 has IPv4
 FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of an address
 # What RTM_GETROUTE says of an address that no route leads to, or whose family the kernel lacks.
 NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP,
             errno.EAFNOSUPPORT}
 
 
-class Diag(NamedTuple):
-    """What the kernel says of one socket (struct inet_diag_msg and attributes)."""
-
-    state: int
-    source: Endpoint
-    destination: Endpoint
-    uid: int
-    inode: int
-    cookie: int  # the kernel's number of this one socket, never used again
-    cgroup: int  # inode number of the cgroup v2 directory; 0: the kernel does not say (before 5.8)
-    read: int  # bytes that were received and that a process has taken; 0 before Linux 4.1
-    received: int  # 0 before Linux 4.1
-    sent: int  # 0 before Linux 4.19
-    interface: int  # the index of the device that it is bound to; 0: none
-
-    def can_be_behind(self, mta_end: Diag) -> bool:
-        """Tell whether a socket that dialled the same can be the client of the MTA's end."""
-        return self.received <= mta_end.sent and (self.inode > 0 or self.state != FIN_WAIT2)
-
-
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
-    return Endpoint(packed(address), port)
-
-
-@functools.lru_cache(maxsize=1024)
-def packed(address: str) -> bytes:
-    """Give an address as its four or sixteen bytes; ValueError if it is none."""
-    ip = ipaddress.ip_address(re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address))
-    return (getattr(ip, "ipv4_mapped", None) or ip).packed
+    bare = re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address)
+    return Endpoint(ipaddress.ip_address(bare).packed.removeprefix(V4_MAPPED), port)
 
 
 class KernelLookup:
-    """Ask the kernel through netlink: sock_diag(7), and rtnetlink(7) for what is local.
-
-    It takes no privilege. The two sockets are opened once, so that a milter that is short of
-    descriptors still knows its clients.
-    """
+    """Ask the kernel, without privilege: sock_diag(7), and rtnetlink(7) for what is local."""
 
     name = "sock_diag"
 
     def __init__(self, what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
-        """Open the sockets; what_was_dialled: by a redirected client, or why that is not known."""
+        """Open the sockets, for good; what_was_dialled: by a redirected client, or why not known."""
         self.what_was_dialled, self.lock, self.number = what_was_dialled, threading.Lock(), 0
         self.buffer = ctypes.create_string_buffer(32768)
+        # Later there may be no descriptors left.
         self.sock_diag = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
         self.rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
 
     def find_client_socket(self, client: Endpoint, server: Optional[Endpoint]) -> ClientSocket:
-        """Say whose the client's end is.
-
-        server: None where the MTA did not say. Raises OSError if the kernel refuses to answer.
-        """
+        """Say whose the client's end is; server: None where the MTA did not say. OSError."""
         server = whole_end(server, client, lambda: (diag[1:3] for diag in self.dump(0, client.port)
                                                     if diag.inode))
         client_end = self.find(client, server) if server else None
@@ -785,12 +699,12 @@ class KernelLookup:
         return client_socket(client_end, self.find(server, client, client_end.interface))
 
     def find_redirected(self, client: Endpoint, server: Endpoint) -> ClientSocket:
-        """Say whose the client's end is, which NAT hides: by what it dialled before that was changed.
+        """Say whose the client's end is, which NAT hides: by what it dialled.
 
         NAT changes a source port, too, where two connections would else be the same. It may then be
         that of somebody who dialled the same and was not redirected. So of all sockets that dialled
-        it and have not received more than the MTA has sent, none may be another user's. The client's
-        is among them: one that was closed with nothing left to send would show at the MTA's end.
+        it and have not received more than the MTA has sent, none may be another user's: one is the
+        client's, since one that was closed with nothing left to send would show at the MTA's end.
         """
         mta_end = self.find(server, client)
         if mta_end is None or not mta_end.inode:
@@ -806,16 +720,12 @@ class KernelLookup:
             return unknown("closed")
         return client_socket(client_end, mta_end if uids == {client_end.uid} else None)
 
-    def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
-        """Give the cookie of the MTA's end now, and what was read from it; None if it is closed."""
-        mta_end = self.find(owner.mta_end, owner.client, owner.interface)
-        return (mta_end.cookie, mta_end.read) if mta_end else (None, 0)
+    def look_again(self, end: Diag) -> Optional[Diag]:
+        """Give the MTA's end as it is now; None if it is closed."""
+        return self.find(end.source, end.destination, end.interface)
 
     def find(self, source: Endpoint, destination: Endpoint, interface: int = 0) -> Optional[Diag]:
-        """Ask for one socket by both ends; None if there is none.
-
-        One that is bound to a device is found under its index only, any other under each.
-        """
+        """Ask for one socket by both ends, and the index of the device it is bound to; or None."""
         question = diag_request(source, destination, interface or LOOPBACK)
         try:
             diag = read_diag(self.ask(self.sock_diag, SOCK_DIAG_BY_FAMILY, question)[0])
@@ -825,10 +735,8 @@ class KernelLookup:
         return diag if found == (source, destination, True) else None  # it may offer a listener
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
-        """Look for one socket by both ends in the list; None if there is none, or several.
-
-        Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
-        """
+        """Look for one socket by both ends in the list; None if there is none, or several."""
+        # Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
         return found[0] if len(found) == 1 else None
@@ -853,10 +761,10 @@ class KernelLookup:
         return route[7] in (RTN_LOCAL, RTN_ANYCAST)  # rtm_type of struct rtmsg
 
     def ask(self, netlink: socket.socket, kind: int, question: bytes, flags: int = 0) -> list[bytes]:
-        """Send one request; give the body of its answer, or of each for NLM_F_DUMP; OSError, as it says.
+        """Send one request; give the body of its answer, or of each for NLM_F_DUMP; OSError.
 
-        It goes through ctypes, which keeps the interpreter's lock: the answer is there when send(2)
-        returns, and to give the lock up costs several times as much under load.
+        ctypes keeps the interpreter's lock: the answer is there when send(2) returns, and to give
+        the lock up costs several times as much under load.
         """
         bodies = []
         with self.lock:
@@ -888,18 +796,14 @@ def client_socket(client_end: Diag, mta_end: Optional[Diag]) -> ClientSocket:
     if client_end.uid == OVERFLOW_UID and mapped_uids() < ALL_UIDS:
         return unknown("error")
     if mta_end is None or not mta_end.inode:
-        # The MTA asks about an accepted connection. This end has no inode, so it is of a later one.
+        # The MTA asks about an accepted connection. An end without an inode is of a later one.
         return unknown("reused")
-    return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end.cookie,
-                        mta_end.destination, mta_end.source, mta_end.interface, mta_end.read)
+    return ClientSocket(client_end.uid, "", client_end.inode, client_end.cgroup, mta_end)
 
 
 def whole_end(server: Optional[Endpoint], client: Endpoint,
               pairs: Callable[[], Iterable[Any]]) -> Optional[Endpoint]:
-    """Give the MTA's end; where the MTA does not say all of it, the one that has this peer, or None.
-
-    pairs: gives both ends of each socket.
-    """
+    """Give the MTA's end; if the MTA does not say all of it, that of the pairs with this peer, or None."""
     port = server.port if server else 0
     if server and port and any(server.address):
         return server
@@ -916,15 +820,13 @@ def checked(result: int) -> int:
 
 # linux/inet_diag.h, tcp.h; net/tcp_states.h
 INET_DIAG_INFO, INET_DIAG_CGROUP_ID, ANY_COOKIE = 2, 21, 0xFFFFFFFFFFFFFFFF
-# ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: a message may be under way
-STATES = {1, 4, 5, 8, 9, 11}
 ESTABLISHED, FIN_WAIT2 = 1, 5
-STATES_MASK = sum(1 << state for state in STATES)
+STATES = {ESTABLISHED, 4, FIN_WAIT2, 8, 9, 11}  # and FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING
+STATES_MASK = sum(1 << state for state in STATES)  # a message may be under way
 # struct inet_diag_req_v2: family, protocol, attributes, states, ports, addresses, device, cookie
 DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
 # struct inet_diag_msg: family, state, ports, addresses, device, cookie, bytes not read, uid, inode
 DIAG = struct.Struct("=BB2x2s2s16s16sIQ4xI4xII")
-ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Linux 4.1), sent (4.19)
 
 
@@ -943,7 +845,7 @@ def read_diag(body: bytes) -> Diag:
     family, state, near_port, far_port, near, far, interface, cookie, unread, uid, inode = DIAG.unpack_from(body)
     cgroup, info, at = 0, b"", DIAG.size
     while at + 4 <= len(body):
-        size, kind = ATTRIBUTE.unpack_from(body, at)
+        size, kind = struct.unpack_from("=HH", body, at)  # struct nlattr
         if kind == INET_DIAG_CGROUP_ID:
             cgroup = int.from_bytes(body[at + 4:at + size], sys.byteorder)
         elif kind == INET_DIAG_INFO:
@@ -952,10 +854,8 @@ def read_diag(body: bytes) -> Diag:
     received, sent = TCP_INFO.unpack_from(info.ljust(TCP_INFO.size, b"\0"))
     if family == socket.AF_INET:
         near, far = near[:4], far[:4]
-    elif near.startswith(b"\0" * 10 + b"\xff\xff"):  # v4-mapped, and so is the other end
-        near, far = near[12:], far[12:]
-    source = Endpoint(near, int.from_bytes(near_port, "big"))
-    destination = Endpoint(far, int.from_bytes(far_port, "big"))
+    source = Endpoint(near.removeprefix(V4_MAPPED), int.from_bytes(near_port, "big"))
+    destination = Endpoint(far.removeprefix(V4_MAPPED), int.from_bytes(far_port, "big"))
     return Diag(state, source, destination, uid, inode, cookie, cgroup, max(0, received - unread), received,
                 sent, interface)
 
@@ -977,15 +877,13 @@ class PsutilLookup:
         if pid is None:  # psutil.Process(None) would be this process
             return unknown("not-permitted")
         holder = psutil.Process(pid)
-        return ClientSocket(holder.uids().effective, cookie=(client, pid), client=client,
-                            mta_end=cast(Endpoint, server), process=holder)
+        mta_end = Diag(ESTABLISHED, cast(Endpoint, server), client, 0, 0, (client, pid))
+        return ClientSocket(holder.uids().effective, mta_end=mta_end, process=holder)
 
-    def look_again(self, owner: ClientSocket) -> tuple[Any, int]:
-        """Look for the holder once more. What the MTA has read is not known: it counts as more."""
-        return self.find_client_socket(owner.client, owner.mta_end).cookie, owner.mta_bytes_read + 1
-
-
-Lookup = Union[KernelLookup, PsutilLookup]
+    def look_again(self, end: Diag) -> Optional[Diag]:
+        """Look for the holder once more. What the MTA has read is not known, and counts as more."""
+        now = self.find_client_socket(end.destination, end.source)
+        return None if now.uid is None else now.mta_end._replace(read=end.read + 1)
 
 
 def own_addresses() -> set[Any]:
@@ -996,17 +894,16 @@ def own_addresses() -> set[Any]:
 
 
 def choose_lookup(what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> tuple[Lookup, str]:
-    """Try the kernel on a connection of our own; give what works, and what is wrong, or "".
+    """Try the kernel on a connection of our own; give what works, and what is wrong; OSError.
 
-    Where users have taken every port, the kernel is believed untried: they could keep the milter
-    from starting. Raises OSError if there can be no connection for another reason.
+    Where users have taken every port, it goes untried: they must not keep the milter from starting.
     """
     if not LINUX:
         return PsutilLookup(), "there is no sock_diag here"
     try:
         lookup = KernelLookup(what_was_dialled)
         lookup.dump(1, 1)
-        local = lookup.is_local(packed("127.0.0.1"))
+        local = lookup.is_local(socket.inet_aton("127.0.0.1"))
     except OSError as error:
         cure = " (is the tcp_diag module there?)" if isinstance(error, FileNotFoundError) else ""
         return PsutilLookup(), f"sock_diag: {error.strerror}{cure}"
@@ -1032,8 +929,7 @@ OVERFLOW_UID, ALL_UIDS, ENOUGH_UIDS = 65534, (1 << 32) - 1, 65536
 def mapped_uids() -> int:
     """Count the uids that this process's user namespace maps; ALL_UIDS on the host itself."""
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return sum(int(line.split()[2]) for line in file)
+        return sum(int(line.split()[2]) for line in read_file("/proc/self/uid_map").splitlines())
     except FileNotFoundError:  # a kernel without user namespaces
         return ALL_UIDS
 
@@ -1048,10 +944,9 @@ def why_not_root(port: int, facts: Facts) -> str:
     """Say why root must not be named for a socket that root made, or "".
 
     Root's programs leave sockets to processes of others, who can disconnect them and dial with
-    them. A listener still has its server's port. Whoever has an accepted one is looked for by those
-    who describe the process; "holder_uid" says whether that is anyone but root.
+    them. A listener still has its server's port, none that the kernel gives to clients by itself.
+    Who has an accepted one is for the description to say: "holder_uid".
     """
-    # The ports that the kernel gives to clients by itself.
     low, high = map(int, read_file("/proc/sys/net/ipv4/ip_local_port_range").split())
     if not low <= port <= high:
         return "handed-down"
@@ -1144,6 +1039,7 @@ def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 # --------------------------------------------------------- policy: who that is, and what he may do
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
+MOST_WARNED = 1000  # entries to look up for a warning
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
 NO_GID = (1 << 32) - 1  # which no group has, chown(2)
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
@@ -1558,7 +1454,7 @@ def is_unsaid(account: Account, entries: Entries) -> bool:
     return any(entries)
 
 
-def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
+def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = None) -> Optional[Verdict]:
     """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
     if is_listed(account, blocked):
         return refusal("blocked", account.name or account.uid)
@@ -1568,6 +1464,13 @@ def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -
     if account.stale or group_is_unknown or is_unsaid(account, allowed):
         return unidentified("error", "tempfail")
     return refusal("not-allowed", account.name or account.uid)
+
+
+ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
+                       (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
+# A line of the file: an entry in quotes or not, then a comment; "#" between two letters begins none.
+LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
+MOST_FILE_BYTES = 1 << 20  # of a list of users
 
 
 def whole(value: Any, most: int = 1 << 63) -> bool:
@@ -1696,7 +1599,8 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
     action = accept if unidentified_action == "accept" else unidentified_action
     if action == "accept":
         return passed()
-    if action == "reject" and why in OUR_FAULTS:
+    # None of these is the client's doing: no reason to refuse for good.
+    if action == "reject" and why in ("busy", "container", "error", "no-helper", "not-permitted", "timeout"):
         action = "tempfail"
     return Verdict(action, "unidentified", UNIDENTIFIED)
 
@@ -1798,7 +1702,7 @@ class Describer:
                 if not whole(number) or not whole(holder) or holder >= 1 << 32:
                     raise ValueError
                 if "address" in facts:
-                    packed(facts["address"])
+                    endpoint(facts["address"], 0)
                     struct.pack("=H", facts["port"])
             except (ValueError, KeyError, TypeError, RecursionError, struct.error):
                 complain("the helper gave an answer that is none")
@@ -2331,7 +2235,6 @@ def lsof_allowed() -> bool:
 
 
 # ---------------------------------- containers: clients in other network namespaces of this host
-V4_MAPPED = bytes(10) + b"\xff\xff"  # how IPv6 has IPv4
 NEVER_CONTAINERS = [ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1", "::ffff:0:0/96")]
 ABSENT_SECONDS = 1.0  # before an address whose client was not found is looked for everywhere again
 MOST_ADDRESS_BYTES = 1 << 16  # to read of one namespace's; a container has some 1,000
@@ -2896,6 +2799,11 @@ def container_made() -> Optional[Endpoint]:
 
 
 # ------------------------------------------------------------------------------- privilege, start
+EX_FAILED, EX_RESTART, EX_CONFIG = 1, 75, 78  # sysexits.h: EX_TEMPFAIL, EX_CONFIG
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+STOP_SECONDS = 10.0  # for open sessions to end
+MOST_FILES = 65536  # open at once; lsof closes as many one by one before it begins
+M_ARENA_MAX = -8  # malloc.h of glibc
 # linux/capability.h
 CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, LINUX_CAPABILITY_VERSION_3 = 2, 19, 0x20080522
 CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open

@@ -1167,7 +1167,7 @@ def test_a_standard_error_that_nobody_reads_holds_no_mail(users: Any, make_milte
     ("SysuserMilter.connect", "reject"), ("SysuserMilter.find_owner", "reject"), *[(function, "accept") for function in (
         "SysuserMilter.identify", "SysuserMilter.judge", "SysuserMilter.write_log", "SysuserMilter.act",
         "SysuserMilter.envfrom", "SysuserMilter.envrcpt", "SysuserMilter.header", "SysuserMilter.confirm",
-        "SysuserMilter.refusal_of_headers", "SysuserMilter.why_not_named", "refusal_of", "is_listed", "Directory.account",
+        "SysuserMilter.why_not_named", "refusal_of", "is_listed", "Directory.account",
         "Describer.describe")]])
 def test_a_fault_in_a_callback_is_logged_and_lets_no_blocked_user_pass(users: Any, make_milter: Any, function: str,
                                                                        unidentified_action: str,
