@@ -665,6 +665,7 @@ NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, e
             errno.EAFNOSUPPORT}
 
 
+@functools.lru_cache(maxsize=1024)  # the server's is asked for with each connection
 def endpoint(address: str, port: int) -> Endpoint:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
     bare = re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address)
