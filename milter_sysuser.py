@@ -1,10 +1,10 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: MIT
 # mypy: disable-error-code="var-annotated"
-"""Say which system user and which program sent each message that came in by SMTP to localhost.
+"""Say which system user and which program sent each message that a local user hands to the MTA.
 
-A milter for Postfix and Sendmail. Every message from a local SMTP client gets a header and a line
-in the log:
+A milter for Postfix and Sendmail. Every such message, by SMTP to this host or by sendmail(1), gets
+a header and a line in the log:
 
     X-Sender-Process-Info: user=stefan program=telnet
 
@@ -14,12 +14,14 @@ in the log:
 
 The user is the one who made the client's socket, as the kernel's sock_diag says it: blocking and
 limits rest on that alone. The program is what holds the socket at the time: a description, never a
-credential. What is not known is written "?", and is never turned into root or somebody else. What
-cannot be known, as who is behind a relay on this host, is listed in README.md.
+credential. Who called sendmail(1) is what Postfix wrote into the queue, and no program is left to
+describe then. What is not known is written "?", and is never turned into root or somebody else.
+What cannot be known, as who is behind a relay on this host, is listed in README.md.
 
 To see who is named, read in this order: SysuserMilter (connect, confirm, identify),
-KernelLookup.find_client_socket, why_not_root, look_up_account. Who is refused: SysuserMilter.judge
-and what it calls. What has privilege: fork_helper, serve, Finder. The rest describes the process.
+KernelLookup.find_client_socket, why_not_root, find_container_client, read_submitter,
+look_up_account. Who is refused: SysuserMilter.judge and what it calls. What has privilege:
+fork_helper, serve, Finder, Namespaces. The rest describes the process.
 """
 from __future__ import annotations
 
@@ -103,8 +105,9 @@ blocked_mailusers_file = None
 allowed_mailusers = None
 
 # What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again),
-# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed, and the log says so). The trap: a
-# program without a queue loses mail by "tempfail", too. Example: "quarantine"
+# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed, and the log says so). What came by
+# sendmail(1) is held and not refused. The trap: a program without a queue loses mail by "tempfail",
+# too. Example: "quarantine"
 blocked_action = "reject"
 
 # What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail",
