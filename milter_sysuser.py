@@ -42,6 +42,7 @@ import fcntl
 import functools
 import grp
 import ipaddress
+import itertools
 import json
 import os
 import pwd
@@ -1914,8 +1915,7 @@ class Finder:
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
-        # By uid, the latest last: processes that had a socket of his, and the links to it in them.
-        self.recent: dict[int, tuple[list[int], list[str]]] = {}
+        self.recent: dict[int, list[tuple[int, str]]] = {}  # by uid: where his last sockets were
         self.debts: dict[Any, tuple[float, float]] = {}  # by payer: seconds, and when he owed them
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
@@ -2013,20 +2013,19 @@ class Finder:
 
     def find_holder(self) -> Optional[tuple[int, str]]:
         """Find a process that has the socket, and the link below its directory, or None."""
-        pids, links = self.recent.get(self.uid, ([], []))
-        for pid, place in self.likely_places(pids, links):
+        recent = self.recent.get(self.uid, [])
+        for pid, place in self.likely_places(recent):
             link = self.link_to_target(pid, place)
             if link:
-                pids = [*(old for old in pids if old != pid), pid][-8:]
-                links = [*(old for old in links if old != link), link][-10:]
-                remember(self.recent, self.uid, (pids, links))
+                remember(self.recent, self.uid, list(dict.fromkeys([(pid, link), *recent]))[:8])
                 return pid, link
         return None
 
-    def likely_places(self, recent: list[int], links: list[str]) -> Iterator[tuple[int, str]]:
+    def likely_places(self, recent: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         """Give processes and, below their directories, links or descriptor tables to look at.
 
-        The user's own come first, the newest of them before the others.
+        The user's own come first, of these the newest and the oldest. Workers have their sockets
+        under the same numbers: the last ones are tried before any table, which may be long.
         """
         own: dict[int, bool] = {}  # by pid: whether it is the user's
 
@@ -2035,10 +2034,14 @@ class Finder:
                 self.charge(1)
                 own[pid] = owner_of(pid) == self.uid
             return own[pid]
-        for source in (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
-            pids = [pid for pid in reversed(source()) if pid not in own]
+        yield from recent
+        links = {link for _, link in recent}
+        for source in (lambda: [pid for pid, _ in recent], lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
+            pids = source()
+            from_both_ends = dict.fromkeys(itertools.chain.from_iterable(zip(reversed(pids), pids)))
+            new = [pid for pid in from_both_ends if pid not in own]
             for places in filter(None, (links, ["fd"])):
-                yield from ((pid, place) for pid in pids if is_own(pid) for place in places)
+                yield from ((pid, place) for pid in new if is_own(pid) for place in places)
         for pid in filter(own.get, own):
             yield from ((pid, table) for table in thread_tables(pid))
         yield from ((pid, "fd") for pid in own if not own[pid])
