@@ -1713,11 +1713,7 @@ HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn in
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
 
 
-class Helper(NamedTuple):
-    """The process that may see other users' processes."""
-
-    channel: socket.socket
-    pid: int
+Helper = NamedTuple("Helper", [("channel", socket.socket), ("pid", int)])  # it may see others' processes
 
 
 class Describer:
@@ -1797,12 +1793,9 @@ class Describer:
                 raise ConnectionError
             try:
                 facts = dict(json.loads(data))
-                number, holder = facts.pop("number"), facts.get("holder_uid", 0)
-                if not whole(number) or not whole(holder) or holder >= 1 << 32:
-                    raise ValueError
-                if "address" in facts:
-                    packed(facts["address"])
-                    struct.pack("=H", facts["port"])
+                number, port = facts.pop("number"), facts["port"] if "address" in facts else 0
+                struct.pack("=QIH", number, facts.get("holder_uid", 0), port)
+                packed(facts.get("address", "::"))
             except (ValueError, KeyError, TypeError, RecursionError, struct.error):
                 complain("the helper gave an answer that is none")
                 continue
@@ -1818,21 +1811,26 @@ class Describer:
         say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
 
     def _ask_lsof(self, owner: ClientSocket) -> Facts:
-        processes = lsof_candidates(owner.uid)
+        # The owner's processes; for root's sockets all. They are held on to, so that another process
+        # that gets the number of one is noticed.
+        processes: dict[int, psutil.Process] = {}
+        for pid in psutil.pids():
+            with contextlib.suppress(psutil.Error):
+                if owner.uid in (0, owner_of(pid)):
+                    processes[pid] = psutil.Process(pid)
         if not processes:  # an empty list would mean every process
             return {"why": "not-found"}
         if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another holder may be among those left out
             return {"why": "busy"}
         command = lsof_command + lsof_arguments(list(processes)[:LSOF_PIDS])
-        deadline, pipe = time.monotonic() + LSOF_SECONDS, subprocess.PIPE
+        deadline, pipe, null = time.monotonic() + LSOF_SECONDS, subprocess.PIPE, subprocess.DEVNULL
+        environment = {**os.environ, "LC_ALL": "C"}
         make_room()
         while True:
             with self.lock:
                 self.running = [lsof for lsof in self.running if lsof.poll() is None]
                 if len(self.running) < LSOF_PROCESSES:
-                    lsof = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
-                        env={**os.environ, "LC_ALL": "C"})
+                    lsof = subprocess.Popen(command, stdin=null, stdout=pipe, stderr=pipe, cwd="/", env=environment)
                     self.running.append(lsof)
                     self.started = time.monotonic()
                     break
@@ -1860,8 +1858,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> Helper:
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.closerange(3, far.fileno())
-        highest = max(map(int, os.listdir("/proc/self/fd")))
-        os.closerange(far.fileno() + 1, 1 + highest)
+        os.closerange(far.fileno() + 1, 1 + max(map(int, os.listdir("/proc/self/fd"))))
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
         LIBC.prctl(PR_SET_KEEPCAPS, 1)
@@ -1870,7 +1867,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> Helper:
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the uid would forget this
         if os.getppid() == parent:
-            serve(far, Finder(wanted_facts()))
+            serve(far, Finder(header_fields + log_fields))
     except (ConnectionError, PermissionError):
         pass  # the milter has ended; or it cannot become the user either, and says so
     except Exception:
@@ -1887,11 +1884,6 @@ def serve(channel: socket.socket, finder: Finder) -> None:
             answer = {"number": number, **finder.answer(*question)}
             with contextlib.suppress(BlockingIOError):  # a milter that does not read does without
                 channel.send(json.dumps(answer).encode(), socket.MSG_DONTWAIT)
-
-
-def wanted_facts() -> tuple[str, ...]:
-    """Give the fields that a setting asks for."""
-    return tuple(field for field in FIELDS if field in header_fields or field in log_fields)
 
 
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
@@ -1923,36 +1915,20 @@ class Finder:
         self.namespaces = Namespaces(self.charge)
 
     def answer(self, kind: int, uid: int, inode: int, cgroup: int, ends: bytes = b"") -> Facts:
-        """Find the process that has a socket and read what is asked for; {"why": word} if that fails."""
-        if kind == WHOSE_IN_CONTAINERS:  # the namespaces that had the address pay; new ones as one
-            places = tuple(self.namespaces.places.get(ends[:16], ()))
-            return self.charged(places, lambda: self.find_in_containers(ends))
-        readers = {WHO_HAS: self.read_holder, WHAT_WAS_DIALLED: self.read_destination}
-        read = readers.get(kind, self.read_holder)
-        self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
-
-        def find_and_read() -> Facts:
-            for _ in range(3):  # what has it may end, or move it, and another may have it still
-                found = self.find_holder()
-                if found is None:
-                    return {"why": "not-found"}
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    return read(*found)
-            return {"why": "gone"}
-        # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
-        # pays in that one only.
-        payer: Any = (uid, cgroup)
-        if uid:
-            with contextlib.suppress(OSError, ValueError):
-                payer = min(delegated_to(uid), default=uid)
-        return self.charged(payer, find_and_read)
-
-    def charged(self, payer: Any, search: Callable[[], Facts]) -> Facts:
-        """Have a search done at a payer's expense; {"why": word} if it fails.
+        """Search at the payer's expense and read what is asked for; {"why": word} if that fails.
 
         He owes the processor time that it takes, and a debt shrinks by a tenth of the time that
         passes. While he owes too much he is told so at once, and the helper has time for others.
         """
+        self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
+        # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
+        # pays in that one only. For containers their namespaces pay; new ones as one.
+        payer: Any = (uid, cgroup)
+        if kind == WHOSE_IN_CONTAINERS:
+            payer = tuple(self.namespaces.places.get(ends[:16], ()))
+        elif uid:
+            with contextlib.suppress(OSError, ValueError):
+                payer = min(delegated_to(uid), default=uid)
         began, now = time.process_time(), time.monotonic()
         owed, then = self.debts.get(payer, (0.0, now))
         owed = max(0.0, owed - SHARE * (now - then))
@@ -1960,7 +1936,7 @@ class Finder:
             return {"why": "busy"}
         self.deadline, self.links = now + SEARCH_SECONDS, SEARCH_LINKS
         try:
-            return search()
+            return self.find_and_read(kind, ends)
         except BusyError:
             return {"why": "busy"}
         except PermissionError:
@@ -1974,20 +1950,30 @@ class Finder:
             if cost > FREE_SECONDS:
                 remember(self.debts, payer, (owed + cost - FREE_SECONDS, now))
 
+    def find_and_read(self, kind: int, ends: bytes) -> Facts:
+        """Do what is asked within the budget; OSError, BusyError."""
+        if kind == WHOSE_IN_CONTAINERS:
+            return self.find_in_containers(ends)
+        read = self.read_destination if kind == WHAT_WAS_DIALLED else self.read_holder
+        for _ in range(3):  # what has it may end, or move it, and another may have it still
+            found = self.find_holder()
+            if found is None:
+                return {"why": "not-found"}
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                return read(*found)
+        return {"why": "gone"}
+
     def read_holder(self, pid: int, link: str) -> Facts:
         """Say what the process is that has the socket behind a link; OSError if it has it no more."""
         # What is read here is of one process, even if its number is given to another now.
-        directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
-        try:
+        with closing(os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)) as directory:
             if os.readlink(link, dir_fd=directory) != self.target:
                 raise FileNotFoundError
             holder_uid = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
             facts = read_process(directory, self.wanted, link.rpartition("fd/")[0])
             if self.uid == 0:  # all its uids must be root's, and nobody else may have the socket, too
-                holder_uid = max(uids_of("status", directory)) or self.find_other_holder()
+                holder_uid = highest_uid("status", directory) or self.find_other_holder()
             return {"pid": pid, **facts, "holder_uid": holder_uid}
-        finally:
-            os.close(directory)
 
     def read_destination(self, pid: int, link: str) -> Facts:
         """Say what the client of the accepted socket behind a link dialled; OSError as above."""
@@ -2054,7 +2040,7 @@ class Finder:
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
             self.charge(1)
             try:
-                uid = owner_of(pid) or max(uids_of(f"/proc/{pid}/status"))  # a setuid program's real one
+                uid = owner_of(pid) or highest_uid(f"/proc/{pid}/status")  # a setuid program's real one
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended
             if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
@@ -2067,13 +2053,11 @@ class Finder:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if not place.endswith("fd"):
                 return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
-            directory = os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)
-            try:
+            with closing(os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)) as directory:
                 if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
                     raise BusyError
                 descriptors = os.listdir(directory)
-                descriptors.reverse()  # what was opened last stands last
-                for index, descriptor in enumerate(descriptors):
+                for index, descriptor in enumerate(reversed(descriptors)):  # what was opened last stands last
                     if index % 1000 == 0:
                         self.charge(min(1000, len(descriptors) - index))
                     try:
@@ -2081,8 +2065,6 @@ class Finder:
                             return f"{place}/{descriptor}"
                     except OSError:
                         pass  # closed meanwhile, or not to be seen
-            finally:
-                os.close(directory)
         return None
 
     def charge(self, links: int) -> None:
@@ -2090,6 +2072,15 @@ class Finder:
         self.links -= links
         if self.links < 0 or time.monotonic() > self.deadline:
             raise BusyError
+
+
+@contextlib.contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """Close a descriptor in the end."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def owner_of(pid: int) -> Optional[int]:
@@ -2100,12 +2091,10 @@ def owner_of(pid: int) -> Optional[int]:
         return None
 
 
-def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
-    """Give the real, effective and saved uid in /proc/PID/status; OSError."""
-    uids = re.search(r"^Uid:\t(\d+)\t(\d+)\t(\d+)", read_file(path, directory), re.MULTILINE)
-    if uids is None:
-        raise FileNotFoundError
-    return [int(uid) for uid in uids.groups()]
+def highest_uid(path: str, directory: Optional[int] = None) -> int:
+    """Give the highest of real, effective and saved uid in /proc/PID/status; OSError."""
+    (uids,) = re.findall(r"(?m)^Uid:((?:\t\d+){3})", read_file(path, directory))
+    return max(map(int, uids.split()))
 
 
 KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1)  # asm/unistd_64.h, asm-generic/unistd.h
@@ -2146,11 +2135,8 @@ def describe_psutil(process: psutil.Process) -> Facts:
     """Say what a process is that psutil found; psutil.Error, OSError if it has ended."""
     facts: Facts = {"pid": process.pid}
     if LINUX:
-        directory = os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)
-        try:
-            facts.update(read_process(directory, set(wanted_facts()) - {"args"}))
-        finally:
-            os.close(directory)
+        with closing(os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)) as directory:
+            facts.update(read_process(directory, set(header_fields + log_fields) - {"args"}))
     else:
         facts.update(program=process.name(), exe=process.exe(), dir=process.cwd())
     if not process.is_running():
@@ -2171,11 +2157,8 @@ def unit_of(cgroups: str) -> Optional[str]:
 
 def read_file(path: str, directory: Optional[int] = None) -> str:
     """Read a small file of the process table, its bytes kept as surrogates."""
-    descriptor = os.open(path, os.O_RDONLY, dir_fd=directory)
-    try:
+    with closing(os.open(path, os.O_RDONLY, dir_fd=directory)) as descriptor:
         return os.read(descriptor, 65536).decode("utf-8", "surrogateescape")
-    finally:
-        os.close(descriptor)
 
 
 def read_args(directory: int) -> Optional[str]:
@@ -2207,11 +2190,8 @@ SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
 
 def copy_of_socket(pid: int, descriptor: int) -> socket.socket:
     """Take a copy of a socket of a process (pidfd_getfd(2)); OSError, also before Linux 5.6."""
-    pidfd = checked(LIBC.syscall(PIDFD_OPEN, pid, 0))
-    try:
+    with closing(checked(LIBC.syscall(PIDFD_OPEN, pid, 0))) as pidfd:
         return socket.socket(fileno=checked(LIBC.syscall(PIDFD_GETFD, pidfd, descriptor, 0)))
-    finally:
-        os.close(pidfd)
 
 
 def original_destination(accepted: socket.socket) -> Facts:
@@ -2247,44 +2227,24 @@ FILEID_KERNFS = 0xFE  # linux/exportfs.h
 
 def cgroup_mount() -> Optional[int]:
     """Open a place where cgroup v2 is mounted; None if there is none that can be reached."""
-    with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as mounts:
-        for _, place, kind, *_ in map(bytes.split, mounts):
-            with contextlib.suppress(OSError):  # in a directory closed to us, or below another mount
-                if kind == b"cgroup2":
-                    os.stat(os.path.join(place, b"cgroup.controllers"))
-                    return os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    for mount in psutil.disk_partitions(all=True):
+        with contextlib.suppress(OSError):  # in a directory closed to us
+            if mount.fstype == "cgroup2" and os.path.exists(f"{mount.mountpoint}/cgroup.controllers"):
+                return os.open(mount.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
     return None
 
 
 def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
     """List the processes of a cgroup by its id (open_by_handle_at(2)); [] if that fails."""
-    if mount is None or not cgroup:
-        return []
     handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, FILEID_KERNFS, cgroup))
-    directory = LIBC.open_by_handle_at(mount, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    if directory < 0:
-        return []
-    try:
-        with open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
-            # 0 stands for each process of another namespace.
-            return [int(pid) for pid in file.read().split() if pid != b"0"]
-    except OSError:
-        return []
-    finally:
-        os.close(directory)
-
-
-def lsof_candidates(uid: Optional[int]) -> dict[int, psutil.Process]:
-    """Give whom lsof is asked about, by pid: the owner's processes; for root's sockets all.
-
-    They are held on to, so that another process that gets the number of one is noticed.
-    """
-    processes = {}
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error):
-            if uid in (0, owner_of(pid)):
-                processes[pid] = psutil.Process(pid)
-    return processes
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with contextlib.suppress(OSError):
+        if mount is not None and cgroup:
+            with closing(checked(LIBC.open_by_handle_at(mount, handle, flags))) as directory, \
+                    open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
+                # 0 stands for each process of another namespace.
+                return [int(pid) for pid in file.read().split() if pid != b"0"]
+    return []
 
 
 def lsof_arguments(pids: Iterable[int]) -> list[str]:
