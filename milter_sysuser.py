@@ -1711,16 +1711,11 @@ QUESTION = struct.Struct("=QBIQQ36s")
 WHO_HAS, WHAT_WAS_DIALLED, WHOSE_IN_CONTAINERS = 1, 2, 3
 HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
-
-
 Helper = NamedTuple("Helper", [("channel", socket.socket), ("pid", int)])  # it may see others' processes
 
 
 class Describer:
-    """Have processes described by whoever may see them: the helper, or else sudo lsof.
-
-    The helper is asked one thing at a time. While an answer is overdue, nobody waits for it.
-    """
+    """Have processes described by the helper, which is asked one thing at a time, or else by sudo lsof."""
 
     def __init__(self, helper: Optional[Helper], by_lsof: bool = False) -> None:
         """Make one; by_lsof: whether sudo allows it, which is asked when the helper has ended."""
@@ -1769,13 +1764,12 @@ class Describer:
             if not self.lock.acquire(timeout=HELPER_SECONDS):
                 return {"why": "busy"}
         try:
-            # Whoever asked before gave up too early for this answer: it is waited for until it is overdue.
+            # Whoever asked before gave up too early for this answer. It is waited for until it is overdue.
             channel, overdue = helper.channel, min(deadline, self.owed_until)
             if self.owed_until and self._receive(channel, overdue) is None:
                 return {"why": "timeout"}
             self.number, self.owed_until = self.number + 1, time.monotonic() + HELPER_SECONDS
-            question = QUESTION.pack(self.number, kind, uid, inode, cgroup, ends)
-            channel.send(question, socket.MSG_DONTWAIT)
+            channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup, ends), socket.MSG_DONTWAIT)
             return self._receive(channel, deadline) or {"why": "timeout"}
         except OSError:  # it has ended just now, which _watch says
             return {"why": "no-helper"}
@@ -1811,12 +1805,11 @@ class Describer:
         say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
 
     def _ask_lsof(self, owner: ClientSocket) -> Facts:
-        # The owner's processes; for root's sockets all. They are held on to, so that another process
-        # that gets the number of one is noticed.
+        # For root's sockets all. Held on to, so that another process that gets a number is noticed.
         processes: dict[int, psutil.Process] = {}
         for pid in psutil.pids():
-            with contextlib.suppress(psutil.Error):
-                if owner.uid in (0, owner_of(pid)):
+            with contextlib.suppress(psutil.Error, OSError):
+                if owner.uid in (0, os.stat(f"/proc/{pid}").st_uid):
                     processes[pid] = psutil.Process(pid)
         if not processes:  # an empty list would mean every process
             return {"why": "not-found"}
@@ -1887,12 +1880,10 @@ def serve(channel: socket.socket, finder: Finder) -> None:
 
 
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
-# What a payer may take of the helper's processor time: this share of it, of which he may be so many
-# seconds ahead. Of each question this much is free, which ordinary ones stay below: where Postfix's
-# hundred sessions (default_process_limit) all take it, the last waits 0.2 s for its turn.
+# What a payer may take of the helper's processor time: this share, so many seconds of it ahead. So
+# much of each question is free: if Postfix's hundred sessions all take it, the last waits 0.2 s.
 SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.002
-ARGS_SECONDS = 0.05  # reading a command line can be made to hang
-FACT_BYTES = 512  # of each fact from the process table
+ARGS_SECONDS, FACT_BYTES = 0.05, 512  # to read a command line, which may hang; of each fact
 
 
 class BusyError(Exception):
@@ -2018,7 +2009,9 @@ class Finder:
         def is_own(pid: int) -> bool:
             if pid not in own:
                 self.charge(1)
-                own[pid] = owner_of(pid) == self.uid
+                own[pid] = False
+                with contextlib.suppress(OSError):
+                    own[pid] = os.stat(f"/proc/{pid}").st_uid == self.uid
             return own[pid]
         yield from recent
         links = {link for _, link in recent}
@@ -2033,18 +2026,14 @@ class Finder:
         yield from ((pid, "fd") for pid in own if not own[pid])
 
     def find_other_holder(self) -> int:
-        """Give a uid other than root's that has root's socket, too; 0 if there is none.
-
-        It is looked for in the socket's cgroup; where that is not known, everywhere.
-        """
+        """Give a uid other than root's that has it, too, in its cgroup, or that not known anywhere; or 0."""
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
             self.charge(1)
-            try:
-                uid = owner_of(pid) or highest_uid(f"/proc/{pid}/status")  # a setuid program's real one
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has ended
-            if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
-                return uid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                # A setuid program has its real uid in status alone.
+                uid = os.stat(f"/proc/{pid}").st_uid or highest_uid(f"/proc/{pid}/status")
+                if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
+                    return uid
         return 0
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
@@ -2083,22 +2072,14 @@ def closing(descriptor: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def owner_of(pid: int) -> Optional[int]:
-    """Give the effective uid of a process; None if it has ended."""
-    try:
-        return os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return None
-
-
 def highest_uid(path: str, directory: Optional[int] = None) -> int:
     """Give the highest of real, effective and saved uid in /proc/PID/status; OSError."""
     (uids,) = re.findall(r"(?m)^Uid:((?:\t\d+){3})", read_file(path, directory))
     return max(map(int, uids.split()))
 
 
-KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1)  # asm/unistd_64.h, asm-generic/unistd.h
-KCMP_FILES = 2  # linux/kcmp.h
+# asm/unistd_64.h, asm-generic/unistd.h; linux/kcmp.h
+KCMP, KCMP_FILES = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1), 2
 
 
 def thread_tables(pid: int) -> list[str]:
@@ -2133,22 +2114,20 @@ def read_process(directory: int, wanted: Iterable[str], thread: str = "") -> Fac
 
 def describe_psutil(process: psutil.Process) -> Facts:
     """Say what a process is that psutil found; psutil.Error, OSError if it has ended."""
-    facts: Facts = {"pid": process.pid}
     if LINUX:
         with closing(os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)) as directory:
-            facts.update(read_process(directory, set(header_fields + log_fields) - {"args"}))
+            facts = read_process(directory, set(header_fields + log_fields) - {"args"})
     else:
-        facts.update(program=process.name(), exe=process.exe(), dir=process.cwd())
+        facts = {"program": process.name(), "exe": process.exe(), "dir": process.cwd()}
     if not process.is_running():
         raise psutil.NoSuchProcess(process.pid)
-    return facts
+    return {"pid": process.pid, **facts}
 
 
 @functools.lru_cache(maxsize=256)  # many processes are in one
 def unit_of(cgroups: str) -> Optional[str]:
     """Find the first .service or .scope in /proc/PID/cgroup; users make others below."""
-    lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
-    paths = [line.split(":", 2)[2] for line in lines]
+    paths = re.findall(r"(?m)^(?:0:|\d+:name=systemd):(.*)", cgroups)
     found = re.search(r"/(lxc/[^/]+|lxc\.payload[^/]*|[^/]*\.(?:service|scope))(?=/|$)", "".join(paths))
     if found:
         return found[1]
@@ -2164,23 +2143,20 @@ def read_file(path: str, directory: Optional[int] = None) -> str:
 def read_args(directory: int) -> Optional[str]:
     """Read a command line in a child that is killed when late; None if it was, or has none."""
     near, far = socket.socketpair()
-    with near, far:
-        child = os.fork()
-        if child == 0:
-            try:
-                words = read_file("cmdline", directory)[:FACT_BYTES].replace("\0", " ")
-                far.send(words.encode("utf-8", "surrogateescape"))
-            finally:
-                os._exit(0)
-        far.close()
-        near.settimeout(ARGS_SECONDS)
+    child = os.fork()
+    if child == 0:
         try:
-            return near.recv(FACT_BYTES).rstrip(b" ").decode("utf-8", "surrogateescape") or None
-        except socket.timeout:
-            return None
+            words = read_file("cmdline", directory)[:FACT_BYTES].replace("\0", " ")
+            far.send(words.encode("utf-8", "surrogateescape"))
         finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed
+            os._exit(0)
+    far.close()
+    with near:
+        came = select.select([near], [], [], ARGS_SECONDS)[0]
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed
+        said = near.recv(FACT_BYTES) if came else b""
+    return said.rstrip(b" ").decode("utf-8", "surrogateescape") or None
 
 
 # asm-generic/unistd.h; linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h, in.h, in6.h
@@ -2197,9 +2173,8 @@ def copy_of_socket(pid: int, descriptor: int) -> socket.socket:
 def original_destination(accepted: socket.socket) -> Facts:
     """Say what the client of an accepted socket dialled before a NAT rule changed it; OSError.
 
-    Only what came in through lo was sent by this network namespace. Clients of another namespace
-    can be given an address of this host, too, and have port and destination in common with a client
-    that is here. The kernel notes the interface where multicast keeps its own.
+    Only what came in through lo was sent by this network namespace: a client of another can have
+    address, port and destination in common with one here. The interface is where multicast has its own.
     """
     v6 = accepted.family == socket.AF_INET6
     if v6:
@@ -2222,9 +2197,6 @@ def original_destination(accepted: socket.socket) -> Facts:
     return {"address": address, "port": int.from_bytes(name[2:4], "big")}
 
 
-FILEID_KERNFS = 0xFE  # linux/exportfs.h
-
-
 def cgroup_mount() -> Optional[int]:
     """Open a place where cgroup v2 is mounted; None if there is none that can be reached."""
     for mount in psutil.disk_partitions(all=True):
@@ -2236,14 +2208,14 @@ def cgroup_mount() -> Optional[int]:
 
 def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
     """List the processes of a cgroup by its id (open_by_handle_at(2)); [] if that fails."""
-    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, FILEID_KERNFS, cgroup))
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    with contextlib.suppress(OSError):
-        if mount is not None and cgroup:
-            with closing(checked(LIBC.open_by_handle_at(mount, handle, flags))) as directory, \
-                    open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
-                # 0 stands for each process of another namespace.
-                return [int(pid) for pid in file.read().split() if pid != b"0"]
+    if mount is None or not cgroup:
+        return []
+    handle = struct.pack("=IiQ", 8, 0xFE, cgroup)  # FILEID_KERNFS, linux/exportfs.h
+    with contextlib.suppress(OSError), \
+            closing(checked(LIBC.open_by_handle_at(mount, handle, os.O_DIRECTORY | os.O_CLOEXEC))) as directory, \
+            open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
+        # 0 stands for each process of another namespace.
+        return [int(pid) for pid in file.read().split() if pid != b"0"]
     return []
 
 
@@ -2264,8 +2236,7 @@ def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dic
         return {"why": "timeout"}
     holders = [pid for pid in lsof_holders(output, owner.inode) if pid in processes]
     if not holders:
-        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new priv|account",
-                            complaint)
+        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new priv|account", complaint)
         return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
     uids = [processes[pid].uids() for pid in holders]
     holder_uid = max(map(max, uids)) if owner.uid == 0 else uids[0].effective  # a setuid program's real uid, too
