@@ -1715,7 +1715,7 @@ Helper = NamedTuple("Helper", [("channel", socket.socket), ("pid", int)])  # it 
 
 
 class Describer:
-    """Have processes described by the helper, which is asked one thing at a time, or else by sudo lsof."""
+    """Have processes described by the helper, asked one thing at a time, or else by sudo lsof."""
 
     def __init__(self, helper: Optional[Helper], by_lsof: bool = False) -> None:
         """Make one; by_lsof: whether sudo allows it, which is asked when the helper has ended."""
@@ -1764,7 +1764,7 @@ class Describer:
             if not self.lock.acquire(timeout=HELPER_SECONDS):
                 return {"why": "busy"}
         try:
-            # Whoever asked before gave up too early for this answer. It is waited for until it is overdue.
+            # Whoever asked before gave up too early for this answer, which may come until it is overdue.
             channel, overdue = helper.channel, min(deadline, self.owed_until)
             if self.owed_until and self._receive(channel, overdue) is None:
                 return {"why": "timeout"}
@@ -1823,7 +1823,7 @@ class Describer:
             with self.lock:
                 self.running = [lsof for lsof in self.running if lsof.poll() is None]
                 if len(self.running) < LSOF_PROCESSES:
-                    lsof = subprocess.Popen(command, stdin=null, stdout=pipe, stderr=pipe, cwd="/", env=environment)
+                    lsof = subprocess.Popen(command, cwd="/", env=environment, stdin=null, stdout=pipe, stderr=pipe)
                     self.running.append(lsof)
                     self.started = time.monotonic()
                     break
@@ -2015,7 +2015,8 @@ class Finder:
             return own[pid]
         yield from recent
         links = {link for _, link in recent}
-        for source in (lambda: [pid for pid, _ in recent], lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
+        had_one = [pid for pid, _ in recent]
+        for source in (lambda: had_one, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
             pids = source()
             from_both_ends = dict.fromkeys(itertools.chain.from_iterable(zip(reversed(pids), pids)))
             new = [pid for pid in from_both_ends if pid not in own]
@@ -2026,7 +2027,7 @@ class Finder:
         yield from ((pid, "fd") for pid in own if not own[pid])
 
     def find_other_holder(self) -> int:
-        """Give a uid other than root's that has it, too, in its cgroup, or that not known anywhere; or 0."""
+        """Give a uid other than root's that has it, too, in its cgroup or, without that, anywhere; 0: none."""
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
             self.charge(1)
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
@@ -2045,8 +2046,8 @@ class Finder:
             with closing(os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)) as directory:
                 if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
                     raise BusyError
-                descriptors = os.listdir(directory)
-                for index, descriptor in enumerate(reversed(descriptors)):  # what was opened last stands last
+                descriptors = os.listdir(directory)  # what was opened last stands last
+                for index, descriptor in enumerate(reversed(descriptors)):
                     if index % 1000 == 0:
                         self.charge(min(1000, len(descriptors) - index))
                     try:
@@ -2084,12 +2085,11 @@ KCMP, KCMP_FILES = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1), 
 
 def thread_tables(pid: int) -> list[str]:
     """Give the tables of a process's other threads that are not its first one's, too (kcmp(2))."""
-    threads: list[str] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if os.stat(f"/proc/{pid}/task").st_nlink > 3:
-            threads = os.listdir(f"/proc/{pid}/task")
-    return [f"task/{thread}/fd" for thread in threads
-            if thread != str(pid) and LIBC.syscall(KCMP, pid, int(thread), KCMP_FILES, 0, 0)]
+            return [f"task/{thread}/fd" for thread in os.listdir(f"/proc/{pid}/task")
+                    if thread != str(pid) and LIBC.syscall(KCMP, pid, int(thread), KCMP_FILES, 0, 0)]
+    return []
 
 
 def read_process(directory: int, wanted: Iterable[str], thread: str = "") -> Facts:
@@ -2174,7 +2174,7 @@ def original_destination(accepted: socket.socket) -> Facts:
     """Say what the client of an accepted socket dialled before a NAT rule changed it; OSError.
 
     Only what came in through lo was sent by this network namespace: a client of another can have
-    address, port and destination in common with one here. The interface is where multicast has its own.
+    the same address, port and destination. The interface is where multicast keeps its own.
     """
     v6 = accepted.family == socket.AF_INET6
     if v6:
@@ -2211,8 +2211,9 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
     if mount is None or not cgroup:
         return []
     handle = struct.pack("=IiQ", 8, 0xFE, cgroup)  # FILEID_KERNFS, linux/exportfs.h
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     with contextlib.suppress(OSError), \
-            closing(checked(LIBC.open_by_handle_at(mount, handle, os.O_DIRECTORY | os.O_CLOEXEC))) as directory, \
+            closing(checked(LIBC.open_by_handle_at(mount, handle, flags))) as directory, \
             open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
         # 0 stands for each process of another namespace.
         return [int(pid) for pid in file.read().split() if pid != b"0"]
