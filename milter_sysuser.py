@@ -42,6 +42,7 @@ import fcntl
 import functools
 import grp
 import ipaddress
+import itertools
 import json
 import os
 import pwd
@@ -1616,20 +1617,11 @@ QUESTION = struct.Struct("=QBIQQ36s")
 WHO_HAS, WHAT_WAS_DIALLED, WHOSE_IN_CONTAINERS = 1, 2, 3
 HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
-
-
-class Helper(NamedTuple):
-    """The process that may see other users' processes."""
-
-    channel: socket.socket
-    pid: int
+Helper = NamedTuple("Helper", [("channel", socket.socket), ("pid", int)])  # it may see others' processes
 
 
 class Describer:
-    """Have processes described by whoever may see them: the helper, or else sudo lsof.
-
-    The helper is asked one thing at a time. While an answer is overdue, nobody waits for it.
-    """
+    """Have processes described by the helper, asked one thing at a time, or else by sudo lsof."""
 
     def __init__(self, helper: Optional[Helper], by_lsof: bool = False) -> None:
         """Make one; by_lsof: whether sudo allows it, which is asked when the helper has ended."""
@@ -1678,13 +1670,12 @@ class Describer:
             if not self.lock.acquire(timeout=HELPER_SECONDS):
                 return {"why": "busy"}
         try:
-            # Whoever asked before gave up too early for this answer: it is waited for until it is overdue.
+            # Whoever asked before gave up too early for this answer, which may come until it is overdue.
             channel, overdue = helper.channel, min(deadline, self.owed_until)
             if self.owed_until and self._receive(channel, overdue) is None:
                 return {"why": "timeout"}
             self.number, self.owed_until = self.number + 1, time.monotonic() + HELPER_SECONDS
-            question = QUESTION.pack(self.number, kind, uid, inode, cgroup, ends)
-            channel.send(question, socket.MSG_DONTWAIT)
+            channel.send(QUESTION.pack(self.number, kind, uid, inode, cgroup, ends), socket.MSG_DONTWAIT)
             return self._receive(channel, deadline) or {"why": "timeout"}
         except OSError:  # it has ended just now, which _watch says
             return {"why": "no-helper"}
@@ -1702,12 +1693,10 @@ class Describer:
                 raise ConnectionError
             try:
                 facts = dict(json.loads(data))
-                number, holder = facts.pop("number"), facts.get("holder_uid", 0)
-                if not whole(number) or not whole(holder) or holder >= 1 << 32:
-                    raise ValueError
-                if "address" in facts:
-                    endpoint(facts["address"], 0)
-                    struct.pack("=H", facts["port"])
+                number, port = facts.pop("number"), facts["port"] if "address" in facts else 0
+                numbers = [facts.get(name, 0) for name in ("holder_uid", "uid", "inode", "cgroup")]
+                struct.pack("=QIIQQH", number, *numbers, port)
+                endpoint(facts.get("address", "::"), port)
             except (ValueError, KeyError, TypeError, RecursionError, struct.error):
                 complain("the helper gave an answer that is none")
                 continue
@@ -1723,21 +1712,25 @@ class Describer:
         say(ERROR, f"the helper has ended: users are still identified, programs {programs}; restart the milter")
 
     def _ask_lsof(self, owner: ClientSocket) -> Facts:
-        processes = lsof_candidates(owner.uid)
+        # For root's sockets all. Held on to, so that another process that gets a number is noticed.
+        processes: dict[int, psutil.Process] = {}
+        for pid in psutil.pids():
+            with contextlib.suppress(psutil.Error, OSError):
+                if owner.uid in (0, os.stat(f"/proc/{pid}").st_uid):
+                    processes[pid] = psutil.Process(pid)
         if not processes:  # an empty list would mean every process
             return {"why": "not-found"}
         if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another holder may be among those left out
             return {"why": "busy"}
         command = lsof_command + lsof_arguments(list(processes)[:LSOF_PIDS])
-        deadline, pipe = time.monotonic() + LSOF_SECONDS, subprocess.PIPE
+        deadline, pipe, null = time.monotonic() + LSOF_SECONDS, subprocess.PIPE, subprocess.DEVNULL
+        environment = {**os.environ, "LC_ALL": "C"}
         make_room()
         while True:
             with self.lock:
                 self.running = [lsof for lsof in self.running if lsof.poll() is None]
                 if len(self.running) < LSOF_PROCESSES:
-                    lsof = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/",
-                        env={**os.environ, "LC_ALL": "C"})
+                    lsof = subprocess.Popen(command, cwd="/", env=environment, stdin=null, stdout=pipe, stderr=pipe)
                     self.running.append(lsof)
                     self.started = time.monotonic()
                     break
@@ -1765,8 +1758,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> Helper:
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.closerange(3, far.fileno())
-        highest = max(map(int, os.listdir("/proc/self/fd")))
-        os.closerange(far.fileno() + 1, 1 + highest)
+        os.closerange(far.fileno() + 1, 1 + max(map(int, os.listdir("/proc/self/fd"))))
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # it ends when the milter does
         LIBC.prctl(PR_SET_KEEPCAPS, 1)
@@ -1775,7 +1767,7 @@ def fork_helper(user: Optional[pwd.struct_passwd]) -> Helper:
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the uid would forget this
         if os.getppid() == parent:
-            serve(far, Finder(wanted_facts()))
+            serve(far, Finder(header_fields + log_fields))
     except (ConnectionError, PermissionError):
         pass  # the milter has ended; or it cannot become the user either, and says so
     except Exception:
@@ -1794,18 +1786,11 @@ def serve(channel: socket.socket, finder: Finder) -> None:
                 channel.send(json.dumps(answer).encode(), socket.MSG_DONTWAIT)
 
 
-def wanted_facts() -> tuple[str, ...]:
-    """Give the fields that a setting asks for."""
-    return tuple(field for field in FIELDS if field in header_fields or field in log_fields)
-
-
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
-# What a payer may take of the helper's processor time: this share of it, of which he may be so many
-# seconds ahead. Of each question this much is free, which ordinary ones stay below: where Postfix's
-# hundred sessions (default_process_limit) all take it, the last waits 0.2 s for its turn.
+# What a payer may take of the helper's processor time: this share, so many seconds of it ahead. So
+# much of each question is free: if Postfix's hundred sessions all take it, the last waits 0.2 s.
 SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.002
-ARGS_SECONDS = 0.05  # reading a command line can be made to hang
-FACT_BYTES = 512  # of each fact from the process table
+ARGS_SECONDS, FACT_BYTES = 0.05, 512  # to read a command line, which may hang; of each fact
 
 
 class BusyError(Exception):
@@ -1820,8 +1805,7 @@ class Finder:
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.wanted = tuple(wanted)
-        # By uid, the latest last: processes that had a socket of his, and the links to it in them.
-        self.recent: dict[int, tuple[list[int], list[str]]] = {}
+        self.recent: dict[int, list[tuple[int, str]]] = {}  # by uid: where his last sockets were
         self.debts: dict[Any, tuple[float, float]] = {}  # by payer: seconds, and when he owed them
         self.cgroups = cgroup_mount()
         self.uid, self.target, self.cgroup = 0, "", 0  # of the socket that is looked for
@@ -1829,36 +1813,20 @@ class Finder:
         self.namespaces = Namespaces(self.charge)
 
     def answer(self, kind: int, uid: int, inode: int, cgroup: int, ends: bytes = b"") -> Facts:
-        """Find the process that has a socket and read what is asked for; {"why": word} if that fails."""
-        if kind == WHOSE_IN_CONTAINERS:  # the namespaces that had the address pay; new ones as one
-            places = tuple(self.namespaces.places.get(ends[:16], ()))
-            return self.charged(places, lambda: self.find_in_containers(ends))
-        readers = {WHO_HAS: self.read_holder, WHAT_WAS_DIALLED: self.read_destination}
-        read = readers.get(kind, self.read_holder)
-        self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
-
-        def find_and_read() -> Facts:
-            for _ in range(3):  # what has it may end, or move it, and another may have it still
-                found = self.find_holder()
-                if found is None:
-                    return {"why": "not-found"}
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    return read(*found)
-            return {"why": "gone"}
-        # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
-        # pays in that one only.
-        payer: Any = (uid, cgroup)
-        if uid:
-            with contextlib.suppress(OSError, ValueError):
-                payer = min(delegated_to(uid), default=uid)
-        return self.charged(payer, find_and_read)
-
-    def charged(self, payer: Any, search: Callable[[], Facts]) -> Facts:
-        """Have a search done at a payer's expense; {"why": word} if it fails.
+        """Search at the payer's expense and read what is asked for; {"why": word} if that fails.
 
         He owes the processor time that it takes, and a debt shrinks by a tenth of the time that
         passes. While he owes too much he is told so at once, and the helper has time for others.
         """
+        self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
+        # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
+        # pays in that one only. For containers their namespaces pay; new ones as one.
+        payer: Any = (uid, cgroup)
+        if kind == WHOSE_IN_CONTAINERS:
+            payer = tuple(self.namespaces.places.get(ends[:16], ()))
+        elif uid:
+            with contextlib.suppress(OSError, ValueError):
+                payer = min(delegated_to(uid), default=uid)
         began, now = time.process_time(), time.monotonic()
         owed, then = self.debts.get(payer, (0.0, now))
         owed = max(0.0, owed - SHARE * (now - then))
@@ -1866,7 +1834,7 @@ class Finder:
             return {"why": "busy"}
         self.deadline, self.links = now + SEARCH_SECONDS, SEARCH_LINKS
         try:
-            return search()
+            return self.find_and_read(kind, ends)
         except BusyError:
             return {"why": "busy"}
         except PermissionError:
@@ -1880,20 +1848,30 @@ class Finder:
             if cost > FREE_SECONDS:
                 remember(self.debts, payer, (owed + cost - FREE_SECONDS, now))
 
+    def find_and_read(self, kind: int, ends: bytes) -> Facts:
+        """Do what is asked within the budget; OSError, BusyError."""
+        if kind == WHOSE_IN_CONTAINERS:
+            return self.find_in_containers(ends)
+        read = self.read_destination if kind == WHAT_WAS_DIALLED else self.read_holder
+        for _ in range(3):  # what has it may end, or move it, and another may have it still
+            found = self.find_holder()
+            if found is None:
+                return {"why": "not-found"}
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                return read(*found)
+        return {"why": "gone"}
+
     def read_holder(self, pid: int, link: str) -> Facts:
         """Say what the process is that has the socket behind a link; OSError if it has it no more."""
         # What is read here is of one process, even if its number is given to another now.
-        directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
-        try:
+        with closing(os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)) as directory:
             if os.readlink(link, dir_fd=directory) != self.target:
                 raise FileNotFoundError
             holder_uid = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
             facts = read_process(directory, self.wanted, link.rpartition("fd/")[0])
             if self.uid == 0:  # all its uids must be root's, and nobody else may have the socket, too
-                holder_uid = max(uids_of("status", directory)) or self.find_other_holder()
+                holder_uid = highest_uid("status", directory) or self.find_other_holder()
             return {"pid": pid, **facts, "holder_uid": holder_uid}
-        finally:
-            os.close(directory)
 
     def read_destination(self, pid: int, link: str) -> Facts:
         """Say what the client of the accepted socket behind a link dialled; OSError as above."""
@@ -1919,49 +1897,51 @@ class Finder:
 
     def find_holder(self) -> Optional[tuple[int, str]]:
         """Find a process that has the socket, and the link below its directory, or None."""
-        pids, links = self.recent.get(self.uid, ([], []))
-        for pid, place in self.likely_places(pids, links):
+        recent = self.recent.get(self.uid, [])
+        for pid, place in self.likely_places(recent):
             link = self.link_to_target(pid, place)
             if link:
-                pids = [*(old for old in pids if old != pid), pid][-8:]
-                links = [*(old for old in links if old != link), link][-10:]
-                remember(self.recent, self.uid, (pids, links))
+                remember(self.recent, self.uid, list(dict.fromkeys([(pid, link), *recent]))[:8])
                 return pid, link
         return None
 
-    def likely_places(self, recent: list[int], links: list[str]) -> Iterator[tuple[int, str]]:
+    def likely_places(self, recent: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         """Give processes and, below their directories, links or descriptor tables to look at.
 
-        The user's own come first, the newest of them before the others.
+        The user's own come first, of these the newest and the oldest. Workers have their sockets
+        under the same numbers: the last ones are tried before any table, which may be long.
         """
         own: dict[int, bool] = {}  # by pid: whether it is the user's
 
         def is_own(pid: int) -> bool:
             if pid not in own:
                 self.charge(1)
-                own[pid] = owner_of(pid) == self.uid
+                own[pid] = False
+                with contextlib.suppress(OSError):
+                    own[pid] = os.stat(f"/proc/{pid}").st_uid == self.uid
             return own[pid]
-        for source in (lambda: recent, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
-            pids = [pid for pid in reversed(source()) if pid not in own]
+        yield from recent
+        links = {link for _, link in recent}
+        had_one = [pid for pid, _ in recent]
+        for source in (lambda: had_one, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
+            pids = source()
+            from_both_ends = dict.fromkeys(itertools.chain.from_iterable(zip(reversed(pids), pids)))
+            new = [pid for pid in from_both_ends if pid not in own]
             for places in filter(None, (links, ["fd"])):
-                yield from ((pid, place) for pid in pids if is_own(pid) for place in places)
+                yield from ((pid, place) for pid in new if is_own(pid) for place in places)
         for pid in filter(own.get, own):
             yield from ((pid, table) for table in thread_tables(pid))
         yield from ((pid, "fd") for pid in own if not own[pid])
 
     def find_other_holder(self) -> int:
-        """Give a uid other than root's that has root's socket, too; 0 if there is none.
-
-        It is looked for in the socket's cgroup; where that is not known, everywhere.
-        """
+        """Give a uid other than root's that has it, too, in its cgroup or, without that, anywhere; 0: none."""
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
             self.charge(1)
-            try:
-                uid = owner_of(pid) or max(uids_of(f"/proc/{pid}/status"))  # a setuid program's real one
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has ended
-            if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
-                return uid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                # A setuid program has its real uid in status alone.
+                uid = os.stat(f"/proc/{pid}").st_uid or highest_uid(f"/proc/{pid}/status")
+                if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
+                    return uid
         return 0
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
@@ -1970,13 +1950,11 @@ class Finder:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if not place.endswith("fd"):
                 return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
-            directory = os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)
-            try:
+            with closing(os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)) as directory:
                 if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
                     raise BusyError
-                descriptors = os.listdir(directory)
-                descriptors.reverse()  # what was opened last stands last
-                for index, descriptor in enumerate(descriptors):
+                descriptors = os.listdir(directory)  # what was opened last stands last
+                for index, descriptor in enumerate(reversed(descriptors)):
                     if index % 1000 == 0:
                         self.charge(min(1000, len(descriptors) - index))
                     try:
@@ -1984,8 +1962,6 @@ class Finder:
                             return f"{place}/{descriptor}"
                     except OSError:
                         pass  # closed meanwhile, or not to be seen
-            finally:
-                os.close(directory)
         return None
 
     def charge(self, links: int) -> None:
@@ -1995,34 +1971,32 @@ class Finder:
             raise BusyError
 
 
-def owner_of(pid: int) -> Optional[int]:
-    """Give the effective uid of a process; None if it has ended."""
+@contextlib.contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """Close a descriptor in the end."""
     try:
-        return os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return None
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def uids_of(path: str, directory: Optional[int] = None) -> list[int]:
-    """Give the real, effective and saved uid in /proc/PID/status; OSError."""
-    uids = re.search(r"^Uid:\t(\d+)\t(\d+)\t(\d+)", read_file(path, directory), re.MULTILINE)
-    if uids is None:
-        raise FileNotFoundError
-    return [int(uid) for uid in uids.groups()]
+def highest_uid(path: str, directory: Optional[int] = None) -> int:
+    """Give the highest of real, effective and saved uid in /proc/PID/status; OSError."""
+    (uids,) = re.findall(r"(?m)^Uid:((?:\t\d+){3})", read_file(path, directory))
+    return max(map(int, uids.split()))
 
 
-KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1)  # asm/unistd_64.h, asm-generic/unistd.h
-KCMP_FILES = 2  # linux/kcmp.h
+# asm/unistd_64.h, asm-generic/unistd.h; linux/kcmp.h
+KCMP, KCMP_FILES = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine, -1), 2
 
 
 def thread_tables(pid: int) -> list[str]:
     """Give the tables of a process's other threads that are not its first one's, too (kcmp(2))."""
-    threads: list[str] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if os.stat(f"/proc/{pid}/task").st_nlink > 3:
-            threads = os.listdir(f"/proc/{pid}/task")
-    return [f"task/{thread}/fd" for thread in threads
-            if thread != str(pid) and LIBC.syscall(KCMP, pid, int(thread), KCMP_FILES, 0, 0)]
+            return [f"task/{thread}/fd" for thread in os.listdir(f"/proc/{pid}/task")
+                    if thread != str(pid) and LIBC.syscall(KCMP, pid, int(thread), KCMP_FILES, 0, 0)]
+    return []
 
 
 def read_process(directory: int, wanted: Iterable[str], thread: str = "") -> Facts:
@@ -2047,25 +2021,20 @@ def read_process(directory: int, wanted: Iterable[str], thread: str = "") -> Fac
 
 def describe_psutil(process: psutil.Process) -> Facts:
     """Say what a process is that psutil found; psutil.Error, OSError if it has ended."""
-    facts: Facts = {"pid": process.pid}
     if LINUX:
-        directory = os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)
-        try:
-            facts.update(read_process(directory, set(wanted_facts()) - {"args"}))
-        finally:
-            os.close(directory)
+        with closing(os.open(f"/proc/{process.pid}", os.O_PATH | os.O_DIRECTORY)) as directory:
+            facts = read_process(directory, set(header_fields + log_fields) - {"args"})
     else:
-        facts.update(program=process.name(), exe=process.exe(), dir=process.cwd())
+        facts = {"program": process.name(), "exe": process.exe(), "dir": process.cwd()}
     if not process.is_running():
         raise psutil.NoSuchProcess(process.pid)
-    return facts
+    return {"pid": process.pid, **facts}
 
 
 @functools.lru_cache(maxsize=256)  # many processes are in one
 def unit_of(cgroups: str) -> Optional[str]:
     """Find the first .service or .scope in /proc/PID/cgroup; users make others below."""
-    lines = [line for line in cgroups.split("\n") if re.match(r"0::|\d+:name=systemd:", line)]
-    paths = [line.split(":", 2)[2] for line in lines]
+    paths = re.findall(r"(?m)^(?:0:|\d+:name=systemd):(.*)", cgroups)
     found = re.search(r"/(lxc/[^/]+|lxc\.payload[^/]*|[^/]*\.(?:service|scope))(?=/|$)", "".join(paths))
     if found:
         return found[1]
@@ -2074,33 +2043,27 @@ def unit_of(cgroups: str) -> Optional[str]:
 
 def read_file(path: str, directory: Optional[int] = None) -> str:
     """Read a small file of the process table, its bytes kept as surrogates."""
-    descriptor = os.open(path, os.O_RDONLY, dir_fd=directory)
-    try:
+    with closing(os.open(path, os.O_RDONLY, dir_fd=directory)) as descriptor:
         return os.read(descriptor, 65536).decode("utf-8", "surrogateescape")
-    finally:
-        os.close(descriptor)
 
 
 def read_args(directory: int) -> Optional[str]:
     """Read a command line in a child that is killed when late; None if it was, or has none."""
     near, far = socket.socketpair()
-    with near, far:
-        child = os.fork()
-        if child == 0:
-            try:
-                words = read_file("cmdline", directory)[:FACT_BYTES].replace("\0", " ")
-                far.send(words.encode("utf-8", "surrogateescape"))
-            finally:
-                os._exit(0)
-        far.close()
-        near.settimeout(ARGS_SECONDS)
+    child = os.fork()
+    if child == 0:
         try:
-            return near.recv(FACT_BYTES).rstrip(b" ").decode("utf-8", "surrogateescape") or None
-        except socket.timeout:
-            return None
+            words = read_file("cmdline", directory)[:FACT_BYTES].replace("\0", " ")
+            far.send(words.encode("utf-8", "surrogateescape"))
         finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed
+            os._exit(0)
+    far.close()
+    with near:
+        came = select.select([near], [], [], ARGS_SECONDS)[0]
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)  # before Linux 5.3 one that hangs cannot be killed
+        said = near.recv(FACT_BYTES) if came else b""
+    return said.rstrip(b" ").decode("utf-8", "surrogateescape") or None
 
 
 # asm-generic/unistd.h; linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h, in.h, in6.h
@@ -2110,19 +2073,15 @@ SO_ORIGINAL_DST, IP_PKTINFO, IP_PKTOPTIONS, IPV6_MULTICAST_IF = 80, 8, 9, 17
 
 def copy_of_socket(pid: int, descriptor: int) -> socket.socket:
     """Take a copy of a socket of a process (pidfd_getfd(2)); OSError, also before Linux 5.6."""
-    pidfd = checked(LIBC.syscall(PIDFD_OPEN, pid, 0))
-    try:
+    with closing(checked(LIBC.syscall(PIDFD_OPEN, pid, 0))) as pidfd:
         return socket.socket(fileno=checked(LIBC.syscall(PIDFD_GETFD, pidfd, descriptor, 0)))
-    finally:
-        os.close(pidfd)
 
 
 def original_destination(accepted: socket.socket) -> Facts:
     """Say what the client of an accepted socket dialled before a NAT rule changed it; OSError.
 
-    Only what came in through lo was sent by this network namespace. Clients of another namespace
-    can be given an address of this host, too, and have port and destination in common with a client
-    that is here. The kernel notes the interface where multicast keeps its own.
+    Only what came in through lo was sent by this network namespace: a client of another can have
+    the same address, port and destination. The interface is where multicast keeps its own.
     """
     v6 = accepted.family == socket.AF_INET6
     if v6:
@@ -2145,17 +2104,12 @@ def original_destination(accepted: socket.socket) -> Facts:
     return {"address": address, "port": int.from_bytes(name[2:4], "big")}
 
 
-FILEID_KERNFS = 0xFE  # linux/exportfs.h
-
-
 def cgroup_mount() -> Optional[int]:
     """Open a place where cgroup v2 is mounted; None if there is none that can be reached."""
-    with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as mounts:
-        for _, place, kind, *_ in map(bytes.split, mounts):
-            with contextlib.suppress(OSError):  # in a directory closed to us, or below another mount
-                if kind == b"cgroup2":
-                    os.stat(os.path.join(place, b"cgroup.controllers"))
-                    return os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    for mount in psutil.disk_partitions(all=True):
+        with contextlib.suppress(OSError):  # in a directory closed to us
+            if mount.fstype == "cgroup2" and os.path.exists(f"{mount.mountpoint}/cgroup.controllers"):
+                return os.open(mount.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
     return None
 
 
@@ -2163,31 +2117,14 @@ def cgroup_pids(mount: Optional[int], cgroup: int) -> list[int]:
     """List the processes of a cgroup by its id (open_by_handle_at(2)); [] if that fails."""
     if mount is None or not cgroup:
         return []
-    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, FILEID_KERNFS, cgroup))
-    directory = LIBC.open_by_handle_at(mount, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    if directory < 0:
-        return []
-    try:
-        with open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
-            # 0 stands for each process of another namespace.
-            return [int(pid) for pid in file.read().split() if pid != b"0"]
-    except OSError:
-        return []
-    finally:
-        os.close(directory)
-
-
-def lsof_candidates(uid: Optional[int]) -> dict[int, psutil.Process]:
-    """Give whom lsof is asked about, by pid: the owner's processes; for root's sockets all.
-
-    They are held on to, so that another process that gets the number of one is noticed.
-    """
-    processes = {}
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error):
-            if uid in (0, owner_of(pid)):
-                processes[pid] = psutil.Process(pid)
-    return processes
+    handle = struct.pack("=IiQ", 8, 0xFE, cgroup)  # FILEID_KERNFS, linux/exportfs.h
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with contextlib.suppress(OSError), \
+            closing(checked(LIBC.open_by_handle_at(mount, handle, flags))) as directory, \
+            open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=directory), "rb") as file:
+        # 0 stands for each process of another namespace.
+        return [int(pid) for pid in file.read().split() if pid != b"0"]
+    return []
 
 
 def lsof_arguments(pids: Iterable[int]) -> list[str]:
@@ -2207,8 +2144,7 @@ def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dic
         return {"why": "timeout"}
     holders = [pid for pid in lsof_holders(output, owner.inode) if pid in processes]
     if not holders:
-        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new priv|account",
-                            complaint)
+        refused = re.search(rb"password is required|not allowed|may not run|sudoers|no new priv|account", complaint)
         return {"why": "timeout" if lsof.returncode < 0 else "not-permitted" if refused else "not-found"}
     uids = [processes[pid].uids() for pid in holders]
     holder_uid = max(map(max, uids)) if owner.uid == 0 else uids[0].effective  # a setuid program's real uid, too
