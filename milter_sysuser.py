@@ -1165,12 +1165,7 @@ class Account(NamedTuple):
     doubt: str = ""  # one word, where this may be the wrong account
 
 
-class Answer(NamedTuple):
-    """What NSS said."""
-
-    value: Any
-    asked_at: float  # on the monotonic clock
-    state: Any  # of what it depends on, as it was then
+NOT_ASKED = float("-inf"), threading.Event()  # of a question: when it was put, and the event of its answer
 
 
 class Directory:
@@ -1183,7 +1178,8 @@ class Directory:
 
     def __init__(self) -> None:
         self.lock, self.ending = threading.Lock(), False
-        self.answers: dict[Any, dict[Any, Answer]] = collections.defaultdict(dict)  # by function and key
+        # By function and key: what NSS said, when that was asked for, and the state of what it depends on.
+        self.answers: dict[Any, dict[Any, tuple[Any, float, Any]]] = collections.defaultdict(dict)
         self.asked: dict[Any, tuple[float, threading.Event]] = {}  # what is not answered yet
 
     def account(self, uid: int, in_container: bool = False) -> Account:
@@ -1211,45 +1207,40 @@ class Directory:
         function is called with the key and the last answer.
         """
         answers = self.answers[function]
-        answer = answers.get(key)
-        patience = AGAIN_SECONDS if answer else FIRST_SECONDS
+        patience = AGAIN_SECONDS if key in answers else FIRST_SECONDS
         until = time.monotonic() + patience
-        for _ in range(2):  # the first question may have been put before the state changed
-            if is_current(answer, state):
+        for last in False, False, True:  # the first question may have been put before the state changed
+            value, asked_at, state_then = answers.get(key, (None, 0.0, None))
+            is_current = state_then == state and time.monotonic() - asked_at < REFRESH_SECONDS
+            if is_current or last:
                 break
             asked_at, answered = self.begin(function, key, state)
             make_room()
             if not answered.wait(max(0.0, min(until, asked_at + patience) - time.monotonic())):
                 break
-            answer = answers.get(key)
-        return answer.value if answer else None, is_current(answer, state)
+        return value, is_current
 
     def begin(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[float, threading.Event]:
-        """Put a question that is not put yet; give when that was, and the event of its answer."""
+        """Put a question that is not put yet; NOT_ASKED if that cannot be."""
         with self.lock:
-            asked = self.asked.get((function, key))
-            if asked:
-                return asked
-            asked = time.monotonic(), threading.Event()
-            if self.ending or len(self.asked) >= MOST_QUESTIONS:
-                return float("-inf"), asked[1]  # nobody waits for it
-            try:
-                threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
-                self.asked[function, key] = asked
-            except RuntimeError as error:  # the system has no more threads
-                complain("the directory service (NSS) could not be asked", str(error))
-            return asked
+            if (function, key) not in self.asked and len(self.asked) < MOST_QUESTIONS and not self.ending:
+                asked = time.monotonic(), threading.Event()
+                try:
+                    threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
+                    self.asked[function, key] = asked
+                except RuntimeError as error:  # the system has no more threads
+                    complain("the directory service (NSS) could not be asked", str(error))
+            return self.asked.get((function, key), NOT_ASKED)
 
     def _look_up(self, function: Any, key: Any, state: Any, asked_at: float, answered: threading.Event) -> None:
-        last = self.answers[function].get(key)
+        answers = self.answers[function]
         try:
-            answer = Answer(function(key, last.value if last else None), asked_at, state)
+            value = function(key, answers[key][0] if key in answers else None)
+            with self.lock:
+                remember(answers, key, (value, asked_at, state))
         except Exception as error:
             complain("the directory service (NSS) could not be asked", str(error))
-            answer = None
         with self.lock:
-            if answer:
-                remember(self.answers[function], key, answer)
             del self.asked[function, key]
         answered.set()
 
@@ -1259,11 +1250,6 @@ class Directory:
             self.ending = True
             for _, answered in self.asked.values():
                 answered.set()
-
-
-def is_current(answer: Optional[Answer], state: Any) -> bool:
-    """Tell whether an answer is one to a state, and not a minute old."""
-    return answer is not None and answer.state == state and time.monotonic() - answer.asked_at < REFRESH_SECONDS
 
 
 LACKING: set[str] = set()  # what NSS had, and lacks now although no file of accounts says so
