@@ -1148,7 +1148,7 @@ def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
-NO_GID = (1 << 32) - 1  # which no group has, chown(2)
+NO_GID, NGROUPS_MAX = (1 << 32) - 1, 65536  # which no group has, chown(2); of one process, linux/limits.h
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
 
 
@@ -1257,13 +1257,12 @@ LACKING: set[str] = set()  # what NSS had, and lacks now although no file of acc
 
 def note_lack(what: str, lacks: bool) -> None:
     """Note whether NSS lacks something; log when it begins to, and when it lacks nothing any more."""
-    before = bool(LACKING)
+    lacked = bool(LACKING)
     (LACKING.add if lacks else LACKING.discard)(what)
-    if LACKING and not before:
-        say(WARNING, f"the directory service (NSS) lacks what it had ({quote(what)}): whoever was in a group stays "
-                     "in it, and nobody is refused for good for being in none")
-    elif before and not LACKING:
-        say(WARNING, "the directory service (NSS) has again what it had")
+    if lacked != bool(LACKING):
+        say(WARNING, "the directory service (NSS) " + (
+            f"lacks what it had ({quote(what)}): whoever was in a group stays in it, and nobody is refused for good "
+            "for being in none" if LACKING else "has again what it had"))
 
 
 def state_of_files() -> tuple[Any, ...]:
@@ -1311,7 +1310,8 @@ def look_up_account(uid: int, last: Optional[Account]) -> Account:
     if len(delegates) > 1:
         return account._replace(doubt="error")
     if delegates:
-        delegate = int(delegates[0]) if delegates[0].isdigit() else uid_of(delegates[0])
+        entry = account_by_name(delegates[0])
+        delegate = int(delegates[0]) if delegates[0].isdigit() else entry and entry.pw_uid
         account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
     if last and last.name and (account.name is None or account.doubt):
         if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
@@ -1341,12 +1341,9 @@ def groups_of(name: str) -> set[int]:
 
     os.getgrouplist does the same, but keeps the interpreter's lock meanwhile.
     """
-    size = 64
-    while True:
-        gids, count = (ctypes.c_uint32 * size)(), ctypes.c_int(size)
-        if NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count)) >= 0:
-            return set(gids[:count.value]) - {NO_GID}
-        size = max(2 * size, count.value)
+    gids, count = (ctypes.c_uint32 * NGROUPS_MAX)(), ctypes.c_int(NGROUPS_MAX)
+    NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count))
+    return set(gids[:count.value]) - {NO_GID}
 
 
 def kept_groups(name: str, lost: Iterable[int], whole: bool) -> set[int]:
@@ -1366,12 +1363,6 @@ def kept_groups(name: str, lost: Iterable[int], whole: bool) -> set[int]:
             unknown.add(gid)
     note_lack(f"groups of {name}", bool(doubtful))
     return unknown | doubtful
-
-
-def uid_of(name: Any) -> Optional[int]:
-    """Ask NSS for the uid of a name; None if nobody has it."""
-    account = account_by_name(name)
-    return account.pw_uid if account else None
 
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
@@ -1455,7 +1446,8 @@ class UserList:
         state, numbers = state_of_files(), {}
         for entry in map(str, self.listed):
             if not entry.isdigit():
-                numbers[entry] = local_number(entry)
+                path = "/etc/group" if entry.startswith("@") else "/etc/passwd"
+                numbers[entry] = local_file(path)[0].get(entry.lstrip("@"))
         others = [entry for entry, number in numbers.items() if number is None]
         for entry in others:  # all before the first is waited for
             self.directory.begin(look_up_entry, entry, state)
@@ -1512,12 +1504,6 @@ def make_entries(listed: Iterable[Any], numbers: dict[str, Optional[int]]) -> En
     return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
 
 
-def local_number(entry: str) -> Optional[int]:
-    """Give the uid of a name in /etc/passwd, or the gid of "@group" in /etc/group; None if it is not there."""
-    path, name = ("/etc/group", entry[1:]) if entry.startswith("@") else ("/etc/passwd", entry)
-    return local_file(path)[0].get(name)
-
-
 def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
     """Ask NSS for the uid of a name, or the gid of "@group"; the last one, if a directory may be down."""
     if entry.startswith("@"):
@@ -1527,11 +1513,11 @@ def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
             return last
         note_lack(entry, last is not None)
         return last
-    uid = uid_of(entry)
-    if uid is None and last is not None:
+    account = account_by_name(entry)
+    if account is None and last is not None:
         with contextlib.suppress(KeyError):  # nobody has that uid
             return last if pwd.getpwuid(last).pw_name == entry else None  # or it is somebody else's now
-    return last if uid is None else uid
+    return account.pw_uid if account else last
 
 
 def is_listed(account: Account, entries: Entries) -> bool:
