@@ -1310,8 +1310,7 @@ def look_up_account(uid: int, last: Optional[Account]) -> Account:
     if len(delegates) > 1:
         return account._replace(doubt="error")
     if delegates:
-        entry = account_by_name(delegates[0])
-        delegate = int(delegates[0]) if delegates[0].isdigit() else entry and entry.pw_uid
+        delegate = int(delegates[0]) if delegates[0].isdigit() else look_up_entry(delegates[0], None)
         account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
     if last and last.name and (account.name is None or account.doubt):
         if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
@@ -1392,7 +1391,8 @@ def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
     if state:
         with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
             text = file.read()
-    lines = re.findall(r"^\s*([^:\n]*):([0-9]{1,10}):([0-9]{1,10})\s*$", text, re.MULTILINE)
+    # No user's name begins with "@", which elsewhere stands for a group.
+    lines = re.findall(r"^\s*([^\s:@][^:\n]*):([0-9]{1,10}):([0-9]{1,10})\s*$", text, re.MULTILINE)
     ranges = [(int(first), int(count), name) for name, first, count in lines]
     return min([first for first, _, _ in ranges], default=0), ranges
 
@@ -1610,7 +1610,7 @@ class Limits:
         self.limits, self.lock = {60: dict(hourly), 3600: dict(daily)}, threading.Lock()
         self.counts: dict[tuple[int, int], dict[int, int]] = {}  # by uid and step
         for limits in self.limits.values():
-            for name in [key for key in limits if isinstance(key, str) and key != "*"]:
+            for name in [key for key in limits if key != "*"]:
                 entry = account_by_name(name)
                 if entry:
                     limits[entry.pw_uid] = limits[name]
@@ -1624,32 +1624,27 @@ class Limits:
 
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
         """Count a message, unless it is refused; None if its user is over no limit."""
-        uid, limits = account.uid, {}
-        for step, of_users in self.limits.items():
-            limit = of_users.get(uid, of_users.get(account.name, of_users.get("*")))
-            limits.update({} if limit is None else {step: limit})
+        uid, name = account.uid, account.name
+        limits = {step: limit for step, of_users in self.limits.items()
+                  if (limit := of_users.get(uid, of_users.get(name, of_users.get("*")))) is not None}
+        action = "tempfail" if blocked_action in REFUSALS else blocked_action  # no refusal for good
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
-            if not over or blocked_action not in REFUSALS:
+            if not over or action != "tempfail":
                 for step in limits:
                     counts, now = self.counts.get((uid, step), {}), int(time.monotonic() // step)
                     counts[now] = counts.get(now, 0) + recipients
                     remember(self.counts, (uid, step), counts, 2 * MOST_REMEMBERED)
-        name = quote(account.name or uid)
+        user = quote(name or uid)
         if over:
-            return over_limit(name, f"{limits[over[0]]} recipients {PERIODS[over[0]][1]}")
+            what = f"{user} is over the limit of {limits[over[0]]} recipients {PERIODS[over[0]][1]}"
+            complain(f"user={what}", level=WARNING)
+            return Verdict(action, "limit", f"User {what}")
         for step, limit in limits.items():
             if sums[step] - recipients < 0.8 * limit <= sums[step]:
-                say(WARNING, f"user={name} has addressed {sums[step]} of {limit} recipients {PERIODS[step][1]}")
+                say(WARNING, f"user={user} has addressed {sums[step]} of {limit} recipients {PERIODS[step][1]}")
         return None
-
-
-def over_limit(name: str, limit: str) -> Verdict:
-    """Refuse a message for now, whatever blocked_action says of refusing for good."""
-    complain(f"user={name} is over the limit of {limit}", level=WARNING)
-    action = "tempfail" if blocked_action in REFUSALS else blocked_action
-    return Verdict(action, "limit", f"User {name} is over the limit of {limit}")
 
 
 def passed() -> Verdict:
@@ -2324,9 +2319,7 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     networks = map(ipaddress.ip_network, container_networks)
     if isinstance(lookup, PsutilLookup) or not any(ipaddress.ip_address(client.address) in one for one in networks):
         return REMOTE
-    if not is_whole(server):
-        sockets = lookup.dump(server.port if server else 0, client.port)
-        server = server_end(client, [(diag.source, diag.destination) for diag in sockets if diag.inode])
+    server = lookup.whole(server, client)
     mta_end = lookup.find_on_any_device(server, client) if server else None
     if mta_end is None:
         return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
