@@ -1165,7 +1165,8 @@ class Account(NamedTuple):
     doubt: str = ""  # one word, where this may be the wrong account
 
 
-NOT_ASKED = float("-inf"), threading.Event()  # of a question: when it was put, and the event of its answer
+NOT_ASKED = float("-inf"), threading.Event()  # when a question was put, and the event of its answer
+NOT_ANSWERED = None, 0.0, None  # what NSS said, when that was asked for, the state of what it depends on
 
 
 class Directory:
@@ -1178,9 +1179,9 @@ class Directory:
 
     def __init__(self) -> None:
         self.lock, self.ending = threading.Lock(), False
-        # By function and key: what NSS said, when that was asked for, and the state of what it depends on.
+        # By function and key: answers, and questions that are not answered yet.
         self.answers: dict[Any, dict[Any, tuple[Any, float, Any]]] = collections.defaultdict(dict)
-        self.asked: dict[Any, tuple[float, threading.Event]] = {}  # what is not answered yet
+        self.asked: dict[Any, tuple[float, threading.Event]] = {}
 
     def account(self, uid: int, in_container: bool = False) -> Account:
         """Say who has a uid; in a container that is its number, unless it is delegated to somebody."""
@@ -1188,15 +1189,15 @@ class Directory:
             try:
                 if not delegated_to(uid):
                     return Account(uid, uid, str(uid), answered=True)
-            except (OSError, ValueError):
+            except OSError:
                 return Account(uid, uid, doubt="error")
-        found, current = self.ask(look_up_account, uid, state_of_files())
-        account: Account = found or Account(uid, uid)
-        if current:
-            return account
-        if found is None:
+        account: Optional[Account]
+        account, is_current = self.ask(look_up_account, uid, state_of_files())
+        if account is None:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
-            return said_by_subuid(account)
+            return said_by_subuid(Account(uid, uid))
+        if is_current:
+            return account
         # What NSS said before still holds, but for a name that /etc/passwd had and has no more.
         gone = account.local and account.name not in local_file("/etc/passwd")[1].get(account.uid, {})
         return account._replace(name=None if gone else account.name, stale=True)
@@ -1210,7 +1211,7 @@ class Directory:
         patience = AGAIN_SECONDS if key in answers else FIRST_SECONDS
         until = time.monotonic() + patience
         for last in False, False, True:  # the first question may have been put before the state changed
-            value, asked_at, state_then = answers.get(key, (None, 0.0, None))
+            value, asked_at, state_then = answers.get(key, NOT_ANSWERED)
             is_current = state_then == state and time.monotonic() - asked_at < REFRESH_SECONDS
             if is_current or last:
                 break
@@ -1235,7 +1236,7 @@ class Directory:
     def _look_up(self, function: Any, key: Any, state: Any, asked_at: float, answered: threading.Event) -> None:
         answers = self.answers[function]
         try:
-            value = function(key, answers[key][0] if key in answers else None)
+            value = function(key, answers.get(key, NOT_ANSWERED)[0])
             with self.lock:
                 remember(answers, key, (value, asked_at, state))
         except Exception as error:
@@ -1299,10 +1300,7 @@ def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, di
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
-    """Ask NSS for the account with a uid, or the one it is delegated to, and for its groups.
-
-    last: what was answered before. Raises OSError, ValueError.
-    """
+    """Ask NSS for the account with a uid, or the one it is delegated to; last: what it said before. OSError."""
     account, delegates = account_of(uid, uid, last), delegated_to(uid)
     if account.name:  # a range that is the user's own, or root's, takes nothing away from the account
         own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
@@ -1383,14 +1381,10 @@ def delegated_to(uid: int) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
-    """Read /etc/subuid (subuid(5)): the lowest uid; of each range the first uid, how many, the user.
-
-    state: of the file when it was read.
-    """
+    """Read /etc/subuid (subuid(5)) in that state: the lowest uid; each range's first uid, how many, the user."""
     text = ""
-    if state:
-        with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
+    with contextlib.suppress(FileNotFoundError), open("/etc/subuid", errors="surrogateescape") as file:
+        text = file.read()
     # No user's name begins with "@", which elsewhere stands for a group.
     lines = re.findall(r"^\s*([^\s:@][^:\n]*):([0-9]{1,10}):([0-9]{1,10})\s*$", text, re.MULTILINE)
     ranges = [(int(first), int(count), name) for name, first, count in lines]
@@ -1399,7 +1393,7 @@ def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
 
 def said_by_subuid(account: Account) -> Account:
     """Add what /etc/subuid alone says of a uid: a name he may be blocked by, and no more."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         delegates = delegated_to(account.kernel_uid)
         if delegates:
             return account._replace(name=delegates[0] if len(delegates) == 1 else None, doubt="error")
@@ -1419,8 +1413,8 @@ class UserList:
     """A setting and a file of users as one list."""
 
     def __init__(self, directory: Directory, setting: str, entries: list[Any],
-                 path: Optional[str] = None, trusted_uid: int = 0) -> None:
-        self.directory, self.setting, self.path, self.trusted_uid = directory, setting, path, trusted_uid
+                 path: Optional[str] = None) -> None:
+        self.directory, self.setting, self.path = directory, setting, path
         self.fixed = [unquoted(entry) for entry in entries]
         self.listed, self.entries = self.fixed, Entries()
         self.lock, self.file_state, self.problem = threading.Lock(), None, ""
@@ -1433,8 +1427,6 @@ class UserList:
             if self.path:
                 self._reread(self.path)
             listed = self.listed
-        if not listed:
-            return Entries()
         numbers, _ = self.directory.ask(self.look_up, None, (state_of_files(), listed))
         if self.made_of != (listed, numbers):
             self.entries = make_entries(listed, numbers or {})
@@ -1477,7 +1469,7 @@ class UserList:
         if state and state == self.file_state:
             return
         try:
-            listed = self.fixed + read_entries(path, self.trusted_uid)
+            listed = self.fixed + read_entries(path, os.geteuid())
             if listed != self.listed:
                 self.listed = listed
         except (OSError, ValueError) as error:
@@ -2974,8 +2966,7 @@ def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
     milter, directory = SysuserMilter, Directory()
     milter.directory, milter.limits = directory, Limits(hourly_limits, daily_limits)
-    milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
-                              os.geteuid())
+    milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file)
     milter.blocked.now()
     if allowed_mailusers is not None:
         milter.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
