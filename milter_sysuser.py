@@ -1184,13 +1184,9 @@ class Directory:
         self.asked: dict[Any, tuple[float, threading.Event]] = {}
 
     def account(self, uid: int, in_container: bool = False) -> Account:
-        """Say who has a uid; in a container that is its number, unless it is delegated to somebody."""
+        """Say who has a uid; in a container that is its number."""
         if in_container:
-            try:
-                if not delegated_to(uid):
-                    return Account(uid, uid, str(uid), answered=True)
-            except OSError:
-                return Account(uid, uid, doubt="error")
+            return Account(uid, uid, str(uid), answered=True)
         account: Optional[Account]
         account, is_current = self.ask(look_up_account, uid, state_of_files())
         if account is None:
@@ -1650,10 +1646,7 @@ def refusal(reason: str, user: Any) -> Verdict:
 
 
 def unidentified(why: str, accept: str = "accept") -> Verdict:
-    """Do what unidentified_action says, but refuse nothing for good where the fault is ours.
-
-    accept: what to do where it says that.
-    """
+    """Do what unidentified_action says, "accept" as told; but refuse nothing for good where the fault is ours."""
     action = accept if unidentified_action == "accept" else unidentified_action
     if action == "accept":
         return passed()
@@ -2319,7 +2312,7 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     if "uid" not in facts:
         return unknown(facts["why"] if facts["why"] in ("busy", "timeout") else "container")
     client_end = mta_end._replace(uid=facts["uid"], inode=facts["inode"], cgroup=facts["cgroup"])
-    return client_socket(client_end, mta_end)._replace(in_container=True)
+    return client_socket(client_end, mta_end)._replace(in_container=not delegated_to(client_end.uid))
 
 
 class Namespaces:
