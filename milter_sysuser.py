@@ -1199,10 +1199,7 @@ class Directory:
         return account._replace(name=None if gone else account.name, stale=True)
 
     def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
-        """Give NSS's answer (None: none yet), and whether it is one to this state, and not a minute old.
-
-        function is called with the key and the last answer.
-        """
+        """Give NSS's answer, None if there is none yet, and whether it is to this state and not a minute old."""
         answers = self.answers[function]
         patience = AGAIN_SECONDS if key in answers else FIRST_SECONDS
         until = time.monotonic() + patience
@@ -1218,7 +1215,7 @@ class Directory:
         return value, is_current
 
     def begin(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[float, threading.Event]:
-        """Put a question that is not put yet; NOT_ASKED if that cannot be."""
+        """Put a question, function(key, last answer), that is not put yet; NOT_ASKED if that cannot be."""
         with self.lock:
             if (function, key) not in self.asked and len(self.asked) < MOST_QUESTIONS and not self.ending:
                 asked = time.monotonic(), threading.Event()
@@ -1298,11 +1295,9 @@ def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, di
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
     """Ask NSS for the account with a uid, or the one it is delegated to; last: what it said before. OSError."""
     account, delegates = account_of(uid, uid, last), delegated_to(uid)
-    if account.name:  # a range that is the user's own, or root's, takes nothing away from the account
+    if account.name or len(delegates) > 1:  # a range of the account's own, or root's, takes nothing away from it
         own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
         return account._replace(doubt="error" if set(delegates) - own else "")
-    if len(delegates) > 1:
-        return account._replace(doubt="error")
     if delegates:
         delegate = int(delegates[0]) if delegates[0].isdigit() else look_up_entry(delegates[0], None)
         account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
@@ -1330,10 +1325,7 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
 
 
 def groups_of(name: str) -> set[int]:
-    """Ask NSS for a user's groups, but for the one in his account (getgrouplist(3)).
-
-    os.getgrouplist does the same, but keeps the interpreter's lock meanwhile.
-    """
+    """Ask NSS for a user's groups but his account's; os.getgrouplist would keep the interpreter's lock."""
     gids, count = (ctypes.c_uint32 * NGROUPS_MAX)(), ctypes.c_int(NGROUPS_MAX)
     NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count))
     return set(gids[:count.value]) - {NO_GID}
@@ -1542,9 +1534,8 @@ def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
     """Say what is wrong with the entries of a list of users."""
     for entry in entries:
         number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
-        is_uid = whole(number) and number < 1 << 32
         is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()  # not "²"
-        if not is_uid and not is_name:
+        if not is_name and not whole(number, (1 << 32) - 1):
             yield f"{shown(entry)} is not a user name, a numeric uid or \"@group\""
 
 
