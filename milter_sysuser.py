@@ -1403,7 +1403,7 @@ class UserList:
     def __init__(self, directory: Directory, setting: str, entries: list[Any],
                  path: Optional[str] = None) -> None:
         self.directory, self.setting, self.path = directory, setting, path
-        self.fixed = [unquoted(entry) for entry in entries]
+        self.fixed = [str(unquoted(entry)) for entry in entries]
         self.listed, self.entries = self.fixed, Entries()
         self.lock, self.file_state, self.problem = threading.Lock(), None, ""
         self.made_of: Any = None
@@ -1424,7 +1424,7 @@ class UserList:
     def look_up(self, key: None, last: Any) -> dict[str, Optional[int]]:
         """Find the uid or gid of each name that is listed; None if it has none."""
         state, numbers = state_of_files(), {}
-        for entry in map(str, self.listed):
+        for entry in self.listed:
             if not entry.isdigit():
                 path = "/etc/group" if entry.startswith("@") else "/etc/passwd"
                 numbers[entry] = local_file(path)[0].get(entry.lstrip("@"))
@@ -1443,13 +1443,13 @@ class UserList:
         """Log something about an entry, once."""
         if entry not in self.warned:
             self.warned.add(entry)
-            where = self.setting if entry in map(str, self.fixed) else self.path
+            where = self.setting if entry in self.fixed else self.path
             say(WARNING, f"{where}: {quote(entry)} {what}")
 
     def warn_of_doubles(self) -> None:
-        """Say of digits in quotes that there is a user of that name, too."""
+        """Say of digits that there is a user of that name, too."""
         for entry in self.listed[:MOST_WARNED]:
-            if isinstance(entry, str) and entry.isdigit() and account_by_name(entry):
+            if entry.isdigit() and account_by_name(entry):
                 self.warn(entry, "is a uid and also the name of a user; both are meant")
 
     def _reread(self, path: str) -> None:
@@ -1470,18 +1470,13 @@ class UserList:
         self.file_state, self.problem = state if rested else None, problem
 
 
-def make_entries(listed: Iterable[Any], numbers: dict[str, Optional[int]]) -> Entries:
+def make_entries(listed: list[str], numbers: dict[str, Optional[int]]) -> Entries:
     """Put a list together from its entries, and the uids and gids of those that are names."""
-    uids, names, gids, unresolved = set(), set(), set(), set()
-    for entry in map(str, listed):
-        number = int(entry) if entry.isdigit() else numbers.get(entry)
-        if number is None:
-            unresolved.add(entry)
-        else:
-            (gids if entry.startswith("@") else uids).add(number)
-        if not entry.startswith("@"):
-            names.add(entry)  # also digits: a user can be called that
-    return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
+    names = {entry for entry in listed if not entry.startswith("@")}  # also digits: a user can be called that
+    uids: set[Any] = {int(name) if name.isdigit() else numbers.get(name) for name in names}
+    gids: set[Any] = {numbers.get(entry) for entry in listed if entry.startswith("@")}
+    unresolved = {entry for entry in listed if not entry.isdigit() and numbers.get(entry) is None}
+    return Entries(frozenset(uids - {None}), frozenset(names), frozenset(gids - {None}), frozenset(unresolved))
 
 
 def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
@@ -1548,7 +1543,7 @@ def unquoted(entry: Any) -> Any:
     return data.decode("utf-8", "surrogateescape")
 
 
-def read_entries(path: str, trusted_uid: int) -> list[Any]:
+def read_entries(path: str, trusted_uid: int) -> list[str]:
     """Read a file of users, which root or that uid must own; OSError, ValueError."""
     entries = []
     for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
