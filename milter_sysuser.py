@@ -1191,7 +1191,7 @@ class Directory:
         account, is_current = self.ask(look_up_account, uid, state_of_files())
         if account is None:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
-            return said_by_subuid(Account(uid, uid))
+            return said_by_subuid(uid)
         if is_current:
             return account
         # What NSS said before still holds, but for a name that /etc/passwd had and has no more.
@@ -1299,8 +1299,8 @@ def look_up_account(uid: int, last: Optional[Account]) -> Account:
         own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
         return account._replace(doubt="error" if set(delegates) - own else "")
     if delegates:
-        delegate = int(delegates[0]) if delegates[0].isdigit() else look_up_entry(delegates[0], None)
-        account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
+        delegate = look_up_entry(delegates[0], None)
+        account = said_by_subuid(uid) if delegate is None else account_of(uid, delegate, last)
     if last and last.name and (account.name is None or account.doubt):
         if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
             return account._replace(gids=last.gids)
@@ -1331,23 +1331,20 @@ def groups_of(name: str) -> set[int]:
     return set(gids[:count.value]) - {NO_GID}
 
 
-def kept_groups(name: str, lost: Iterable[int], whole: bool) -> set[int]:
+def kept_groups(name: str, lost: frozenset[int], whole: bool) -> set[int]:
     """Give which groups a user keeps of those that he had and NSS gives him no more.
 
     getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps one
     that cannot be found either, and one that names him, or names nobody, as the groups of some
     directories do, unless a directory gave other groups of his (whole).
     """
-    unknown, doubtful = set(), set()
+    members = {}
     for gid in lost:
-        try:
-            members = grp.getgrgid(gid).gr_mem
-            if name in members or not (members or whole):
-                doubtful.add(gid)
-        except KeyError:
-            unknown.add(gid)
+        with contextlib.suppress(KeyError):
+            members[gid] = grp.getgrgid(gid).gr_mem
+    doubtful = {gid for gid, names in members.items() if name in names or not (names or whole)}
     note_lack(f"groups of {name}", bool(doubtful))
-    return unknown | doubtful
+    return doubtful | (lost - members.keys())
 
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
@@ -1379,13 +1376,12 @@ def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
     return min([first for first, _, _ in ranges], default=0), ranges
 
 
-def said_by_subuid(account: Account) -> Account:
-    """Add what /etc/subuid alone says of a uid: a name he may be blocked by, and no more."""
+def said_by_subuid(uid: int) -> Account:
+    """Give what /etc/subuid alone says of a uid: a name he may be blocked by, and no more."""
+    delegates: list[str] = []
     with contextlib.suppress(OSError):
-        delegates = delegated_to(account.kernel_uid)
-        if delegates:
-            return account._replace(name=delegates[0] if len(delegates) == 1 else None, doubt="error")
-    return account
+        delegates = delegated_to(uid)
+    return Account(uid, uid, delegates[0] if len(delegates) == 1 else None, doubt="error" if delegates else "")
 
 
 class Entries(NamedTuple):
@@ -1481,13 +1477,14 @@ def make_entries(listed: list[str], numbers: dict[str, Optional[int]]) -> Entrie
 
 def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
     """Ask NSS for the uid of a name, or the gid of "@group"; the last one, if a directory may be down."""
+    if entry.isdigit():
+        return int(entry)
     if entry.startswith("@"):
+        gid = None
         with contextlib.suppress(KeyError):
-            last = grp.getgrnam(entry[1:]).gr_gid
-            note_lack(entry, False)
-            return last
-        note_lack(entry, last is not None)
-        return last
+            gid = grp.getgrnam(entry[1:]).gr_gid
+        note_lack(entry, gid is None and last is not None)
+        return last if gid is None else gid
     account = account_by_name(entry)
     if account is None and last is not None:
         with contextlib.suppress(KeyError):  # nobody has that uid
@@ -1510,14 +1507,16 @@ def is_unsaid(account: Account, entries: Entries) -> bool:
 
 def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
     """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
-    if is_listed(account, blocked):
-        return refusal("blocked", account.name or account.uid)
-    if allowed is None or is_listed(account, allowed):
-        return None
-    group_is_unknown = bool(LACKING) or any(entry.startswith("@") for entry in allowed.unresolved)
-    if account.stale or group_is_unknown or is_unsaid(account, allowed):
-        return unidentified("error", "tempfail")
-    return refusal("not-allowed", account.name or account.uid)
+    reason = "blocked"
+    if not is_listed(account, blocked):
+        if allowed is None or is_listed(account, allowed):
+            return None
+        group_is_unknown = bool(LACKING) or any(entry.startswith("@") for entry in allowed.unresolved)
+        if account.stale or group_is_unknown or is_unsaid(account, allowed):
+            return unidentified("error", "tempfail")
+        reason = "not-allowed"
+    user = quote(account.name or account.uid)
+    return Verdict(blocked_action, reason, f"User {user} is blocked from sending mail")
 
 
 def whole(value: Any, most: int = 1 << 63) -> bool:
@@ -1624,11 +1623,6 @@ class Limits:
 def passed() -> Verdict:
     """Let a message through, tagged if a header is wanted."""
     return Verdict("tag" if header_fields else "pass")
-
-
-def refusal(reason: str, user: Any) -> Verdict:
-    """Do what blocked_action says."""
-    return Verdict(blocked_action, reason, f"User {quote(user)} is blocked from sending mail")
 
 
 def unidentified(why: str, accept: str = "accept") -> Verdict:
