@@ -1148,7 +1148,7 @@ def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
-NO_GID, NGROUPS_MAX = (1 << 32) - 1, 65536  # which no group has, chown(2); of one process, linux/limits.h
+NO_GID, NGROUPS_MAX = (1 << 32) - 1, 65536  # no group's, chown(2); of a process, linux/limits.h
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
 
 
@@ -1166,7 +1166,7 @@ class Account(NamedTuple):
 
 
 NOT_ASKED = float("-inf"), threading.Event()  # when a question was put, and the event of its answer
-NOT_ANSWERED = None, 0.0, None  # what NSS said, when that was asked for, the state of what it depends on
+NOT_ANSWERED = None, 0.0, None  # what NSS said, when it was asked, the state of the files then
 
 
 class Directory:
@@ -1199,11 +1199,11 @@ class Directory:
         return account._replace(name=None if gone else account.name, stale=True)
 
     def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
-        """Give NSS's answer, None if there is none yet, and whether it is to this state and not a minute old."""
+        """Give NSS's answer (None: none yet), and whether it is to this state and not a minute old."""
         answers = self.answers[function]
         patience = AGAIN_SECONDS if key in answers else FIRST_SECONDS
         until = time.monotonic() + patience
-        for last in False, False, True:  # the first question may have been put before the state changed
+        for last in False, False, True:  # the first may have been put before the state changed
             value, asked_at, state_then = answers.get(key, NOT_ANSWERED)
             is_current = state_then == state and time.monotonic() - asked_at < REFRESH_SECONDS
             if is_current or last:
@@ -1215,7 +1215,7 @@ class Directory:
         return value, is_current
 
     def begin(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[float, threading.Event]:
-        """Put a question, function(key, last answer), that is not put yet; NOT_ASKED if that cannot be."""
+        """Ask function(key, last answer), unless that is under way; NOT_ASKED if it cannot be."""
         with self.lock:
             if (function, key) not in self.asked and len(self.asked) < MOST_QUESTIONS and not self.ending:
                 asked = time.monotonic(), threading.Event()
@@ -1250,7 +1250,7 @@ LACKING: set[str] = set()  # what NSS had, and lacks now although no file of acc
 
 
 def note_lack(what: str, lacks: bool) -> None:
-    """Note whether NSS lacks something; log when it begins to, and when it lacks nothing any more."""
+    """Note whether NSS lacks something; log when it begins to, and when it has all again."""
     lacked = bool(LACKING)
     (LACKING.add if lacks else LACKING.discard)(what)
     if lacked != bool(LACKING):
@@ -1274,13 +1274,13 @@ def state_of(path: str) -> Any:
 
 
 def local_file(path: str) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-    """Give what /etc/passwd or /etc/group has: numbers by name; by number the names, with a user's gid."""
+    """Read /etc/passwd or /etc/group: numbers by name; by number the names, with a user's gid."""
     return read_local_file(path, state_of(path))
 
 
 @functools.lru_cache(maxsize=2)
 def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-    """Read such a file, once for each state that it has; it never hangs or fails as a directory does."""
+    """Read such a file once for each of its states; it never hangs or fails as a directory does."""
     numbers, names, text = {}, {}, b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         text = file.read()
@@ -1293,9 +1293,9 @@ def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, di
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
-    """Ask NSS for the account with a uid, or the one it is delegated to; last: what it said before. OSError."""
+    """Ask NSS who has a uid, or whom it is delegated to; last: what it said before. OSError."""
     account, delegates = account_of(uid, uid, last), delegated_to(uid)
-    if account.name or len(delegates) > 1:  # a range of the account's own, or root's, takes nothing away from it
+    if account.name or len(delegates) > 1:  # a range of its own, or root's, takes nothing away
         own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
         return account._replace(doubt="error" if set(delegates) - own else "")
     if delegates:
@@ -1325,7 +1325,7 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
 
 
 def groups_of(name: str) -> set[int]:
-    """Ask NSS for a user's groups but his account's; os.getgrouplist would keep the interpreter's lock."""
+    """Ask NSS for a user's groups but his account's (os.getgrouplist keeps the interpreter's lock)."""
     gids, count = (ctypes.c_uint32 * NGROUPS_MAX)(), ctypes.c_int(NGROUPS_MAX)
     NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count))
     return set(gids[:count.value]) - {NO_GID}
@@ -1366,7 +1366,7 @@ def delegated_to(uid: int) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
-    """Read /etc/subuid (subuid(5)) in that state: the lowest uid; each range's first uid, how many, the user."""
+    """Read /etc/subuid, subuid(5), in that state: the lowest uid; ranges: first uid, count, user."""
     text = ""
     with contextlib.suppress(FileNotFoundError), open("/etc/subuid", errors="surrogateescape") as file:
         text = file.read()
@@ -1381,7 +1381,8 @@ def said_by_subuid(uid: int) -> Account:
     delegates: list[str] = []
     with contextlib.suppress(OSError):
         delegates = delegated_to(uid)
-    return Account(uid, uid, delegates[0] if len(delegates) == 1 else None, doubt="error" if delegates else "")
+    name = delegates[0] if len(delegates) == 1 else None
+    return Account(uid, uid, name, doubt="error" if delegates else "")
 
 
 class Entries(NamedTuple):
@@ -1459,8 +1460,8 @@ class UserList:
         except (OSError, ValueError) as error:
             problem, state = str(error), state if isinstance(error, ValueError) else None
             if problem != self.problem:
-                state_of_list = "cannot be read" if self.made_of is None else "the last good list stays in force"
-                say(ERROR, f"{self.setting}_file: {state_of_list}: {quote(problem)}")
+                what = "the last good list stays in force" if self.made_of else "cannot be read"
+                say(ERROR, f"{self.setting}_file: {what}: {quote(problem)}")
         # A file written in this very moment may change again without its time stamp telling.
         rested = state and abs(time.time() - state[-1] / 1e9) > 1
         self.file_state, self.problem = state if rested else None, problem
@@ -1476,7 +1477,7 @@ def make_entries(listed: list[str], numbers: dict[str, Optional[int]]) -> Entrie
 
 
 def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
-    """Ask NSS for the uid of a name, or the gid of "@group"; the last one, if a directory may be down."""
+    """Ask NSS for a name's uid or "@group"'s gid; the last one, if a directory may be down."""
     if entry.isdigit():
         return int(entry)
     if entry.startswith("@"):
@@ -1506,7 +1507,7 @@ def is_unsaid(account: Account, entries: Entries) -> bool:
 
 
 def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries]) -> Optional[Verdict]:
-    """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
+    """Refuse a user whom the lists do not let send, for now if NSS has not said all."""
     reason = "blocked"
     if not is_listed(account, blocked):
         if allowed is None or is_listed(account, allowed):
@@ -1528,7 +1529,7 @@ def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
     """Say what is wrong with the entries of a list of users."""
     for entry in entries:
         number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
-        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()  # not "²"
+        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()
         if not is_name and not whole(number, (1 << 32) - 1):
             yield f"{shown(entry)} is not a user name, a numeric uid or \"@group\""
 
@@ -1626,7 +1627,7 @@ def passed() -> Verdict:
 
 
 def unidentified(why: str, accept: str = "accept") -> Verdict:
-    """Do what unidentified_action says, "accept" as told; but refuse nothing for good where the fault is ours."""
+    """Do what unidentified_action says ("accept": as told); refuse for now where the fault is ours."""
     action = accept if unidentified_action == "accept" else unidentified_action
     if action == "accept":
         return passed()
@@ -2276,7 +2277,7 @@ ROW = rb"([0-9A-F]{2})(?: [0-9A-F]+:[0-9A-F]+){2} [0-9A-F]+ +(\d+) +\d+ (\d+) \d
 
 def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint,
                           server: Optional[Endpoint]) -> ClientSocket:
-    """Say whose the client's end in a container is; REMOTE if it is none, or the MTA is elsewhere; OSError.
+    """Say whose the client's end in a container is; REMOTE if there is none on this host; OSError.
 
     The MTA's end is looked at first: while it lives, the client's end cannot change hands, and
     "confirm" looks whether it has lived since.
@@ -2320,7 +2321,7 @@ class Namespaces:
         return found.pop() if len(found) == 1 else None
 
     def walk(self) -> dict[int, int]:
-        """Give all network namespaces but this one, where sock_diag has looked, and a process in each."""
+        """Give all network namespaces but this one, each with a process that is in it."""
         processes: dict[int, int] = {}
         for pid in psutil.pids():
             self.charge(1)
@@ -2376,7 +2377,7 @@ class Namespaces:
 
 
 def namespace_that_counts(pid: int) -> int:
-    """Give a process's network namespace; 0 if not root made the user namespace of that; OSError."""
+    """Give a process's network namespace; 0 if its user namespace is not of root's making; OSError."""
     with open(f"/proc/{pid}/ns/net", "rb", buffering=0) as network, \
             open(fcntl.ioctl(network, NS_GET_USERNS), "rb", buffering=0) as users:
         made_by_root = fcntl.ioctl(users, NS_GET_OWNER_UID, bytes(4)) == bytes(4)
