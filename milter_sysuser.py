@@ -1412,6 +1412,8 @@ class UserList:
             if self.path:
                 self._reread(self.path)
             listed = self.listed
+        if not listed:
+            return Entries()
         numbers, _ = self.directory.ask(self.look_up, None, (state_of_files(), listed))
         if self.made_of != (listed, numbers):
             self.entries = make_entries(listed, numbers or {})
