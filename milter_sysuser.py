@@ -1274,22 +1274,25 @@ def state_of(path: str) -> Any:
 
 
 def local_file(path: str) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-    """Read /etc/passwd or /etc/group: numbers by name; by number the names, with a user's gid."""
+    """Read a file of accounts: numbers by name; by number, in order, the names, with the number behind. OSError.
+
+    /etc/passwd has the gid behind the uid, and /etc/subuid, subuid(5), how many uids from the first.
+    """
     return read_local_file(path, state_of(path))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
     """Read such a file once for each of its states; it never hangs or fails as a directory does."""
-    numbers, names, text = {}, {}, b""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    names, text = {}, b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         text = file.read()
-    # A user's line: name, password, uid, gid. A group's: name, password, gid, members.
-    for line in re.findall(rb"^([^:\n]+):[^:\n]*:(\d{1,10}):(\d{0,10})", text, re.MULTILINE):
-        name, number = os.fsdecode(line[0]), int(line[1])
-        numbers.setdefault(name, number)
-        names.setdefault(number, {})[name] = int(line[2] or 0)
-    return numbers, names
+    # Name (none begins with "@", which stands for a group), password but in /etc/subuid, numbers.
+    lines = re.findall(rb"^\s*([^\s:@][^:\n]*):(?:[^:\n]*:)?(\d{1,10}):(?:(\d{1,10})(?![^:\s]))?", text, re.MULTILINE)
+    entries = [(int(number), os.fsdecode(name), int(behind or 0)) for name, number, behind in lines]
+    for number, name, behind in sorted(entries):
+        names.setdefault(number, {})[name] = behind
+    return {name: number for number, name, _ in reversed(entries)}, names  # of a name's lines the first counts
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
@@ -1356,24 +1359,13 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
 
 
 def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) a uid is delegated to; [] if to root only."""
-    lowest, ranges = delegated_ranges(state_of("/etc/subuid"))
-    if uid < lowest:
-        return []
-    delegates = sorted({name for first, count, name in ranges if first <= uid < first + count})
-    return delegates if set(delegates) - {"root", "0"} else []
-
-
-@functools.lru_cache(maxsize=1)
-def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
-    """Read /etc/subuid, subuid(5), in that state: the lowest uid; ranges: first uid, count, user."""
-    text = ""
-    with contextlib.suppress(FileNotFoundError), open("/etc/subuid", errors="surrogateescape") as file:
-        text = file.read()
-    # No user's name begins with "@", which elsewhere stands for a group.
-    lines = re.findall(r"^\s*([^\s:@][^:\n]*):([0-9]{1,10}):([0-9]{1,10})\s*$", text, re.MULTILINE)
-    ranges = [(int(first), int(count), name) for name, first, count in lines]
-    return min([first for first, _, _ in ranges], default=0), ranges
+    """Give the users (names or numbers) a uid is delegated to; [] if to root only. OSError."""
+    delegates: set[str] = set()
+    for first, users in local_file("/etc/subuid")[1].items():
+        if first > uid:
+            break
+        delegates |= {name for name, count in users.items() if uid < first + count}
+    return sorted(delegates) if delegates - {"root", "0"} else []
 
 
 def said_by_subuid(uid: int) -> Account:
