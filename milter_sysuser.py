@@ -1579,8 +1579,7 @@ class Limits:
         self.counts: dict[tuple[int, int], dict[int, int]] = {}  # by uid and step
         for limits in self.limits.values():
             for name in [key for key in limits if key != "*"]:
-                entry = account_by_name(name)
-                if entry:
+                if entry := account_by_name(name):
                     limits[entry.pw_uid] = limits[name]
 
     def used(self, uid: int, step: int) -> int:
