@@ -1427,7 +1427,7 @@ class UserList:
             if answered and numbers[entry] is None:
                 self.warn(entry, "is not found; it is looked for again every minute")
         if last is None:
-            self.warn_of_doubles()
+            self.directory.ask(self.warn_of_doubles, None, state)
         return numbers
 
     def warn(self, entry: str, what: str) -> None:
@@ -1437,7 +1437,7 @@ class UserList:
             where = self.setting if entry in self.fixed else self.path
             say(WARNING, f"{where}: {quote(entry)} {what}")
 
-    def warn_of_doubles(self) -> None:
+    def warn_of_doubles(self, key: None, last: None) -> None:
         """Say of digits that there is a user of that name, too."""
         for entry in self.listed[:MOST_WARNED]:
             if entry.isdigit() and account_by_name(entry):
