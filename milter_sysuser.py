@@ -33,8 +33,6 @@ if sys.version_info < (3, 9):
 
 import argparse
 import ast
-import binascii
-import collections
 import contextlib
 import ctypes
 import errno
@@ -1180,7 +1178,7 @@ class Directory:
     def __init__(self) -> None:
         self.lock, self.ending = threading.Lock(), False
         # By function and key: answers, and questions that are not answered yet.
-        self.answers: dict[Any, dict[Any, tuple[Any, float, Any]]] = collections.defaultdict(dict)
+        self.answers: dict[Any, dict[Any, tuple[Any, float, Any]]] = {}
         self.asked: dict[Any, tuple[float, threading.Event]] = {}
 
     def account(self, uid: int, in_container: bool = False) -> Account:
@@ -1200,7 +1198,7 @@ class Directory:
 
     def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
         """Give NSS's answer (None: none yet), and whether it is to this state and not a minute old."""
-        answers = self.answers[function]
+        answers = self.answers.setdefault(function, {})
         patience = AGAIN_SECONDS if key in answers else FIRST_SECONDS
         until = time.monotonic() + patience
         for last in False, False, True:  # the first may have been put before the state changed
@@ -1227,7 +1225,7 @@ class Directory:
             return self.asked.get((function, key), NOT_ASKED)
 
     def _look_up(self, function: Any, key: Any, state: Any, asked_at: float, answered: threading.Event) -> None:
-        answers = self.answers[function]
+        answers = self.answers.setdefault(function, {})
         try:
             value = function(key, answers.get(key, NOT_ANSWERED)[0])
             with self.lock:
@@ -2346,7 +2344,8 @@ class Namespaces:
         trie = self.read(pid, "fib_trie", MOST_ADDRESS_BYTES)
         v4 = re.findall(rb"\|-- ([0-9.]+)\n(?: +/.*\n)*? +/32 host LOCAL\n", trie)
         v6 = re.findall(rb"(?m)^[0-9a-f]{32}", self.read(pid, "if_inet6", MOST_ADDRESS_BYTES))
-        return {V4_MAPPED + socket.inet_aton(text.decode()) for text in v4} | set(map(binascii.unhexlify, v6))
+        mapped = {V4_MAPPED + socket.inet_aton(text.decode()) for text in v4}
+        return mapped | {bytes.fromhex(text.decode()) for text in v6}
 
     def rows(self, pid: int, *ends: bytes) -> list[tuple[bytes, bytes, bytes]]:
         """Give state, uid and inode of the sockets with these ends in a process's namespace."""
