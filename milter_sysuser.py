@@ -1577,7 +1577,8 @@ class Limits:
         self.counts: dict[tuple[int, int], dict[int, int]] = {}  # by uid and step
         for limits in self.limits.values():
             for name in [key for key in limits if key != "*"]:
-                if entry := account_by_name(name):
+                entry = account_by_name(name)
+                if entry:
                     limits[entry.pw_uid] = limits[name]
 
     def used(self, uid: int, step: int) -> int:
@@ -1589,10 +1590,11 @@ class Limits:
 
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
         """Count a message, unless it is refused; None if its user is over no limit."""
-        uid, name = account.uid, account.name
-        limits = {step: limit for step, of_users in self.limits.items()
-                  if (limit := of_users.get(uid, of_users.get(name, of_users.get("*")))) is not None}
-        action = "tempfail" if blocked_action in REFUSALS else blocked_action  # no refusal for good
+        uid, name, limits = account.uid, account.name, {}
+        for step, of_users in self.limits.items():
+            limit = of_users.get(uid, of_users.get(name, of_users.get("*")))
+            limits.update({} if limit is None else {step: limit})
+        action = {"reject": "tempfail"}.get(blocked_action, blocked_action)  # not for good
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
