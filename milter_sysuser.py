@@ -1264,11 +1264,10 @@ def state_of_files() -> tuple[Any, ...]:
 
 def state_of(path: str) -> Any:
     """Give what changes when a file does; None if it is not to be seen."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return None
 
 
 def local_file(path: str) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
@@ -1350,10 +1349,9 @@ def kept_groups(name: str, lost: frozenset[int], whole: bool) -> set[int]:
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
     """Ask NSS for the account of a name; None if there is none."""
-    try:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         return pwd.getpwnam(name)
-    except (KeyError, TypeError, ValueError):
-        return None
+    return None
 
 
 def delegated_to(uid: int) -> list[str]:
