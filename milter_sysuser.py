@@ -33,8 +33,6 @@ if sys.version_info < (3, 9):
 
 import argparse
 import ast
-import binascii
-import collections
 import contextlib
 import ctypes
 import errno
@@ -1046,7 +1044,7 @@ FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, a
 REFRESH_SECONDS = 60  # to believe what NSS said
 MOST_WARNED = 1000  # entries to look up for a warning
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
-NO_GID = (1 << 32) - 1  # which no group has, chown(2)
+NO_GID, NGROUPS_MAX = (1 << 32) - 1, 65536  # no group's, chown(2); of a process, linux/limits.h
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
 
 
@@ -1063,12 +1061,8 @@ class Account(NamedTuple):
     doubt: str = ""  # one word, where this may be the wrong account
 
 
-class Answer(NamedTuple):
-    """What NSS said."""
-
-    value: Any
-    asked_at: float  # on the monotonic clock
-    state: Any  # of what it depends on, as it was then
+NOT_ASKED = float("-inf"), threading.Event()  # when a question was put, and the event of its answer
+NOT_ANSWERED = None, 0.0, None  # what NSS said, when it was asked, the state of the files then
 
 
 class Directory:
@@ -1081,73 +1075,62 @@ class Directory:
 
     def __init__(self) -> None:
         self.lock, self.ending = threading.Lock(), False
-        self.answers: dict[Any, dict[Any, Answer]] = collections.defaultdict(dict)  # by function and key
-        self.asked: dict[Any, tuple[float, threading.Event]] = {}  # what is not answered yet
+        # By function and key: answers, and questions that are not answered yet.
+        self.answers: dict[Any, dict[Any, tuple[Any, float, Any]]] = {}
+        self.asked: dict[Any, tuple[float, threading.Event]] = {}
 
     def account(self, uid: int, in_container: bool = False) -> Account:
-        """Say who has a uid; in a container that is its number, unless it is delegated to somebody."""
+        """Say who has a uid; in a container that is its number."""
         if in_container:
-            try:
-                if not delegated_to(uid):
-                    return Account(uid, uid, str(uid), answered=True)
-            except (OSError, ValueError):
-                return Account(uid, uid, doubt="error")
-        found, current = self.ask(look_up_account, uid, state_of_files())
-        account: Account = found or Account(uid, uid)
-        if current:
-            return account
-        if found is None:
+            return Account(uid, uid, str(uid), answered=True)
+        account: Optional[Account]
+        account, is_current = self.ask(look_up_account, uid, state_of_files())
+        if account is None:
             complain("the directory service (NSS) is slow: users who are new here are given by number")
-            return said_by_subuid(account)
+            return said_by_subuid(uid)
+        if is_current:
+            return account
         # What NSS said before still holds, but for a name that /etc/passwd had and has no more.
         gone = account.local and account.name not in local_file("/etc/passwd")[1].get(account.uid, {})
         return account._replace(name=None if gone else account.name, stale=True)
 
     def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
-        """Give NSS's answer (None: none yet), and whether it is one to this state, and not a minute old.
-
-        function is called with the key and the last answer.
-        """
-        answers = self.answers[function]
-        answer = answers.get(key)
-        patience = AGAIN_SECONDS if answer or self.ending else FIRST_SECONDS
+        """Give NSS's answer (None: none yet), and whether it is to this state and not a minute old."""
+        answers = self.answers.setdefault(function, {})
+        patience = AGAIN_SECONDS if key in answers or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
-        for _ in range(2):  # the first question may have been put before the state changed
-            if is_current(answer, state):
+        for last in False, False, True:  # the first may have been put before the state changed
+            value, asked_at, state_then = answers.get(key, NOT_ANSWERED)
+            is_current = state_then == state and time.monotonic() - asked_at < REFRESH_SECONDS
+            if is_current or last:
                 break
             asked_at, answered = self.begin(function, key, state)
             make_room()
             if not answered.wait(max(0.0, min(until, asked_at + patience) - time.monotonic())):
                 break
-            answer = answers.get(key)
-        return answer.value if answer else None, is_current(answer, state)
+        return value, is_current
 
     def begin(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[float, threading.Event]:
-        """Put a question that is not put yet; give when that was, and the event of its answer."""
+        """Ask function(key, last answer), unless that is under way; NOT_ASKED if it cannot be."""
         with self.lock:
-            asked = self.asked.get((function, key))
-            if asked:
-                return asked
-            asked = time.monotonic(), threading.Event()
-            if len(self.asked) >= MOST_QUESTIONS:
-                return float("-inf"), asked[1]  # nobody waits for it
-            try:
-                threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
-                self.asked[function, key] = asked
-            except RuntimeError as error:  # the system has no more threads
-                complain("the directory service (NSS) could not be asked", str(error))
-            return asked
+            if (function, key) not in self.asked and len(self.asked) < MOST_QUESTIONS:
+                asked = time.monotonic(), threading.Event()
+                try:
+                    threading.Thread(target=self._look_up, args=(function, key, state, *asked), daemon=True).start()
+                    self.asked[function, key] = asked
+                except RuntimeError as error:  # the system has no more threads
+                    complain("the directory service (NSS) could not be asked", str(error))
+            return self.asked.get((function, key), NOT_ASKED)
 
     def _look_up(self, function: Any, key: Any, state: Any, asked_at: float, answered: threading.Event) -> None:
-        last = self.answers[function].get(key)
+        answers = self.answers.setdefault(function, {})
         try:
-            answer = Answer(function(key, last.value if last else None), asked_at, state)
+            value = function(key, answers.get(key, NOT_ANSWERED)[0])
+            with self.lock:
+                remember(answers, key, (value, asked_at, state))
         except Exception as error:
             complain("the directory service (NSS) could not be asked", str(error))
-            answer = None
         with self.lock:
-            if answer:
-                remember(self.answers[function], key, answer)
             del self.asked[function, key]
         answered.set()
 
@@ -1159,23 +1142,17 @@ class Directory:
                 answered.set()
 
 
-def is_current(answer: Optional[Answer], state: Any) -> bool:
-    """Tell whether an answer is one to a state, and not a minute old."""
-    return answer is not None and answer.state == state and time.monotonic() - answer.asked_at < REFRESH_SECONDS
-
-
 LACKING: set[str] = set()  # what NSS had, and lacks now although no file of accounts says so
 
 
 def note_lack(what: str, lacks: bool) -> None:
-    """Note whether NSS lacks something; log when it begins to, and when it lacks nothing any more."""
-    before = bool(LACKING)
+    """Note whether NSS lacks something; log when it begins to, and when it has all again."""
+    lacked = bool(LACKING)
     (LACKING.add if lacks else LACKING.discard)(what)
-    if LACKING and not before:
-        say(WARNING, f"the directory service (NSS) lacks what it had ({quote(what)}): whoever was in a group stays "
-                     "in it, and nobody is refused for good for being in none")
-    elif before and not LACKING:
-        say(WARNING, "the directory service (NSS) has again what it had")
+    if lacked != bool(LACKING):
+        say(WARNING, "the directory service (NSS) " + (
+            f"lacks what it had ({quote(what)}): whoever was in a group stays in it, and nobody is refused for good "
+            "for being in none" if LACKING else "has again what it had"))
 
 
 def state_of_files() -> tuple[Any, ...]:
@@ -1185,46 +1162,43 @@ def state_of_files() -> tuple[Any, ...]:
 
 def state_of(path: str) -> Any:
     """Give what changes when a file does; None if it is not to be seen."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return None
 
 
 def local_file(path: str) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-    """Give what /etc/passwd or /etc/group has: numbers by name; by number the names, with a user's gid."""
+    """Read a file of accounts: numbers by name; by number, in order, the names, with the number behind. OSError.
+
+    /etc/passwd has the gid behind the uid, and /etc/subuid, subuid(5), how many uids from the first.
+    """
     return read_local_file(path, state_of(path))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-    """Read such a file, once for each state that it has; it never hangs or fails as a directory does."""
-    numbers, names, text = {}, {}, b""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    """Read such a file once for each of its states; it never hangs or fails as a directory does."""
+    names, text = {}, b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         text = file.read()
-    # A user's line: name, password, uid, gid. A group's: name, password, gid, members.
-    for line in re.findall(rb"^([^:\n]+):[^:\n]*:(\d{1,10}):(\d{0,10})", text, re.MULTILINE):
-        name, number = os.fsdecode(line[0]), int(line[1])
-        numbers.setdefault(name, number)
-        names.setdefault(number, {})[name] = int(line[2] or 0)
-    return numbers, names
+    # Name (none begins with "@", which stands for a group), password but in /etc/subuid, numbers.
+    lines = re.findall(rb"^\s*([^\s:@][^:\n]*):(?:[^:\n]*:)?(\d{1,10}):(?:(\d{1,10})(?![^:\s]))?", text, re.MULTILINE)
+    entries = [(int(number), os.fsdecode(name), int(behind or 0)) for name, number, behind in lines]
+    for number, name, behind in sorted(entries):
+        names.setdefault(number, {})[name] = behind
+    return {name: number for number, name, _ in reversed(entries)}, names  # of a name's lines the first counts
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
-    """Ask NSS for the account with a uid, or the one it is delegated to, and for its groups.
-
-    last: what was answered before. Raises OSError, ValueError.
-    """
+    """Ask NSS who has a uid, or whom it is delegated to; last: what it said before. OSError."""
     account, delegates = account_of(uid, uid, last), delegated_to(uid)
-    if account.name:  # a range that is the user's own, or root's, takes nothing away from the account
+    if account.name or len(delegates) > 1:  # a range of its own, or root's, takes nothing away
         own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
         return account._replace(doubt="error" if set(delegates) - own else "")
-    if len(delegates) > 1:
-        return account._replace(doubt="error")
     if delegates:
-        delegate = int(delegates[0]) if delegates[0].isdigit() else uid_of(delegates[0])
-        account = said_by_subuid(Account(uid, uid)) if delegate is None else account_of(uid, delegate, last)
+        delegate = look_up_entry(delegates[0], None)
+        account = said_by_subuid(uid) if delegate is None else account_of(uid, delegate, last)
     if last and last.name and (account.name is None or account.doubt):
         if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
             return account._replace(gids=last.gids)
@@ -1249,82 +1223,52 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
 
 
 def groups_of(name: str) -> set[int]:
-    """Ask NSS for a user's groups, but for the one in his account (getgrouplist(3)).
-
-    os.getgrouplist does the same, but keeps the interpreter's lock meanwhile.
-    """
-    size = 64
-    while True:
-        gids, count = (ctypes.c_uint32 * size)(), ctypes.c_int(size)
-        if NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count)) >= 0:
-            return set(gids[:count.value]) - {NO_GID}
-        size = max(2 * size, count.value)
+    """Ask NSS for a user's groups but his account's (os.getgrouplist keeps the interpreter's lock)."""
+    gids, count = (ctypes.c_uint32 * NGROUPS_MAX)(), ctypes.c_int(NGROUPS_MAX)
+    NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count))
+    return set(gids[:count.value]) - {NO_GID}
 
 
-def kept_groups(name: str, lost: Iterable[int], whole: bool) -> set[int]:
+def kept_groups(name: str, lost: frozenset[int], whole: bool) -> set[int]:
     """Give which groups a user keeps of those that he had and NSS gives him no more.
 
     getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps one
     that cannot be found either, and one that names him, or names nobody, as the groups of some
     directories do, unless a directory gave other groups of his (whole).
     """
-    unknown, doubtful = set(), set()
+    members = {}
     for gid in lost:
-        try:
-            members = grp.getgrgid(gid).gr_mem
-            if name in members or not (members or whole):
-                doubtful.add(gid)
-        except KeyError:
-            unknown.add(gid)
+        with contextlib.suppress(KeyError):
+            members[gid] = grp.getgrgid(gid).gr_mem
+    doubtful = {gid for gid, names in members.items() if name in names or not (names or whole)}
     note_lack(f"groups of {name}", bool(doubtful))
-    return unknown | doubtful
-
-
-def uid_of(name: Any) -> Optional[int]:
-    """Ask NSS for the uid of a name; None if nobody has it."""
-    account = account_by_name(name)
-    return account.pw_uid if account else None
+    return doubtful | (lost - members.keys())
 
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
     """Ask NSS for the account of a name; None if there is none."""
-    try:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         return pwd.getpwnam(name)
-    except (KeyError, TypeError, ValueError):
-        return None
+    return None
 
 
 def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) a uid is delegated to; [] if to root only."""
-    lowest, ranges = delegated_ranges(state_of("/etc/subuid"))
-    if uid < lowest:
-        return []
-    delegates = sorted({name for first, count, name in ranges if first <= uid < first + count})
-    return delegates if set(delegates) - {"root", "0"} else []
+    """Give the users (names or numbers) a uid is delegated to; [] if to root only. OSError."""
+    delegates: set[str] = set()
+    for first, users in local_file("/etc/subuid")[1].items():
+        if first > uid:
+            break
+        delegates |= {name for name, count in users.items() if uid < first + count}
+    return sorted(delegates) if delegates - {"root", "0"} else []
 
 
-@functools.lru_cache(maxsize=1)
-def delegated_ranges(state: Any) -> tuple[int, list[tuple[int, int, str]]]:
-    """Read /etc/subuid (subuid(5)): the lowest uid; of each range the first uid, how many, the user.
-
-    state: of the file when it was read.
-    """
-    text = ""
-    if state:
-        with open("/etc/subuid", encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
-    lines = re.findall(r"^\s*([^:\n]*):([0-9]{1,10}):([0-9]{1,10})\s*$", text, re.MULTILINE)
-    ranges = [(int(first), int(count), name) for name, first, count in lines]
-    return min([first for first, _, _ in ranges], default=0), ranges
-
-
-def said_by_subuid(account: Account) -> Account:
-    """Add what /etc/subuid alone says of a uid: a name he may be blocked by, and no more."""
-    with contextlib.suppress(OSError, ValueError):
-        delegates = delegated_to(account.kernel_uid)
-        if delegates:
-            return account._replace(name=delegates[0] if len(delegates) == 1 else None, doubt="error")
-    return account
+def said_by_subuid(uid: int) -> Account:
+    """Give what /etc/subuid alone says of a uid: a name he may be blocked by, and no more."""
+    delegates: list[str] = []
+    with contextlib.suppress(OSError):
+        delegates = delegated_to(uid)
+    name = delegates[0] if len(delegates) == 1 else None
+    return Account(uid, uid, name, doubt="error" if delegates else "")
 
 
 class Entries(NamedTuple):
@@ -1340,9 +1284,9 @@ class UserList:
     """A setting and a file of users as one list."""
 
     def __init__(self, directory: Directory, setting: str, entries: list[Any],
-                 path: Optional[str] = None, trusted_uid: int = 0) -> None:
-        self.directory, self.setting, self.path, self.trusted_uid = directory, setting, path, trusted_uid
-        self.fixed = [unquoted(entry) for entry in entries]
+                 path: Optional[str] = None) -> None:
+        self.directory, self.setting, self.path = directory, setting, path
+        self.fixed = [str(unquoted(entry)) for entry in entries]
         self.listed, self.entries = self.fixed, Entries()
         self.lock, self.file_state, self.problem = threading.Lock(), None, ""
         self.made_of: Any = None
@@ -1365,9 +1309,10 @@ class UserList:
     def look_up(self, key: None, last: Any) -> dict[str, Optional[int]]:
         """Find the uid or gid of each name that is listed; None if it has none."""
         state, numbers = state_of_files(), {}
-        for entry in map(str, self.listed):
+        for entry in self.listed:
             if not entry.isdigit():
-                numbers[entry] = local_number(entry)
+                path = "/etc/group" if entry.startswith("@") else "/etc/passwd"
+                numbers[entry] = local_file(path)[0].get(entry.lstrip("@"))
         others = [entry for entry, number in numbers.items() if number is None]
         for entry in others:  # all before the first is waited for
             self.directory.begin(look_up_entry, entry, state)
@@ -1376,20 +1321,20 @@ class UserList:
             if answered and numbers[entry] is None:
                 self.warn(entry, "is not found; it is looked for again every minute")
         if last is None:
-            self.warn_of_doubles()
+            self.directory.ask(self.warn_of_doubles, None, state)
         return numbers
 
     def warn(self, entry: str, what: str) -> None:
         """Log something about an entry, once."""
         if entry not in self.warned:
             self.warned.add(entry)
-            where = self.setting if entry in map(str, self.fixed) else self.path
+            where = self.setting if entry in self.fixed else self.path
             say(WARNING, f"{where}: {quote(entry)} {what}")
 
-    def warn_of_doubles(self) -> None:
-        """Say of digits in quotes that there is a user of that name, too."""
+    def warn_of_doubles(self, key: None, last: None) -> None:
+        """Say of digits that there is a user of that name, too."""
         for entry in self.listed[:MOST_WARNED]:
-            if isinstance(entry, str) and entry.isdigit() and account_by_name(entry):
+            if entry.isdigit() and account_by_name(entry):
                 self.warn(entry, "is a uid and also the name of a user; both are meant")
 
     def _reread(self, path: str) -> None:
@@ -1397,53 +1342,43 @@ class UserList:
         if state and state == self.file_state:
             return
         try:
-            listed = self.fixed + read_entries(path, self.trusted_uid)
+            listed = self.fixed + read_entries(path, os.geteuid())
             if listed != self.listed:
                 self.listed = listed
         except (OSError, ValueError) as error:
             problem, state = str(error), state if isinstance(error, ValueError) else None
             if problem != self.problem:
-                state_of_list = "cannot be read" if self.made_of is None else "the last good list stays in force"
-                say(ERROR, f"{self.setting}_file: {state_of_list}: {quote(problem)}")
+                what = "the last good list stays in force" if self.made_of else "cannot be read"
+                say(ERROR, f"{self.setting}_file: {what}: {quote(problem)}")
         # A file written in this very moment may change again without its time stamp telling.
         rested = state and abs(time.time() - state[-1] / 1e9) > 1
         self.file_state, self.problem = state if rested else None, problem
 
 
-def make_entries(listed: Iterable[Any], numbers: dict[str, Optional[int]]) -> Entries:
+def make_entries(listed: list[str], numbers: dict[str, Optional[int]]) -> Entries:
     """Put a list together from its entries, and the uids and gids of those that are names."""
-    uids, names, gids, unresolved = set(), set(), set(), set()
-    for entry in map(str, listed):
-        number = int(entry) if entry.isdigit() else numbers.get(entry)
-        if number is None:
-            unresolved.add(entry)
-        else:
-            (gids if entry.startswith("@") else uids).add(number)
-        if not entry.startswith("@"):
-            names.add(entry)  # also digits: a user can be called that
-    return Entries(frozenset(uids), frozenset(names), frozenset(gids), frozenset(unresolved))
-
-
-def local_number(entry: str) -> Optional[int]:
-    """Give the uid of a name in /etc/passwd, or the gid of "@group" in /etc/group; None if it is not there."""
-    path, name = ("/etc/group", entry[1:]) if entry.startswith("@") else ("/etc/passwd", entry)
-    return local_file(path)[0].get(name)
+    names = {entry for entry in listed if not entry.startswith("@")}  # also digits: a user can be called that
+    uids: set[Any] = {int(name) if name.isdigit() else numbers.get(name) for name in names}
+    gids: set[Any] = {numbers.get(entry) for entry in listed if entry.startswith("@")}
+    unresolved = {entry for entry in listed if not entry.isdigit() and numbers.get(entry) is None}
+    return Entries(frozenset(uids - {None}), frozenset(names), frozenset(gids - {None}), frozenset(unresolved))
 
 
 def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
-    """Ask NSS for the uid of a name, or the gid of "@group"; the last one, if a directory may be down."""
+    """Ask NSS for a name's uid or "@group"'s gid; the last one, if a directory may be down."""
+    if entry.isdigit():
+        return int(entry)
     if entry.startswith("@"):
+        gid = None
         with contextlib.suppress(KeyError):
-            last = grp.getgrnam(entry[1:]).gr_gid
-            note_lack(entry, False)
-            return last
-        note_lack(entry, last is not None)
-        return last
-    uid = uid_of(entry)
-    if uid is None and last is not None:
+            gid = grp.getgrnam(entry[1:]).gr_gid
+        note_lack(entry, gid is None and last is not None)
+        return last if gid is None else gid
+    account = account_by_name(entry)
+    if account is None and last is not None:
         with contextlib.suppress(KeyError):  # nobody has that uid
             return last if pwd.getpwuid(last).pw_name == entry else None  # or it is somebody else's now
-    return last if uid is None else uid
+    return account.pw_uid if account else last
 
 
 def is_listed(account: Account, entries: Entries) -> bool:
@@ -1461,14 +1396,16 @@ def is_unsaid(account: Account, entries: Entries) -> bool:
 
 def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = None) -> Optional[Verdict]:
     """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
-    if is_listed(account, blocked):
-        return refusal("blocked", account.name or account.uid)
-    if allowed is None or is_listed(account, allowed):
-        return None
-    group_is_unknown = bool(LACKING) or any(entry.startswith("@") for entry in allowed.unresolved)
-    if account.stale or group_is_unknown or is_unsaid(account, allowed):
-        return unidentified("error", "tempfail")
-    return refusal("not-allowed", account.name or account.uid)
+    reason = "blocked"
+    if not is_listed(account, blocked):
+        if allowed is None or is_listed(account, allowed):
+            return None
+        group_is_unknown = bool(LACKING) or any(entry.startswith("@") for entry in allowed.unresolved)
+        if account.stale or group_is_unknown or is_unsaid(account, allowed):
+            return unidentified("error", "tempfail")
+        reason = "not-allowed"
+    user = quote(account.name or account.uid)
+    return Verdict(blocked_action, reason, f"User {user} is blocked from sending mail")
 
 
 ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
@@ -1487,9 +1424,8 @@ def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
     """Say what is wrong with the entries of a list of users."""
     for entry in entries:
         number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
-        is_uid = whole(number) and number < 1 << 32
-        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()  # not "²"
-        if not is_uid and not is_name:
+        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()
+        if not is_name and not whole(number, (1 << 32) - 1):
             yield f"{shown(entry)} is not a user name, a numeric uid or \"@group\""
 
 
@@ -1502,7 +1438,7 @@ def unquoted(entry: Any) -> Any:
     return data.decode("utf-8", "surrogateescape")
 
 
-def read_entries(path: str, trusted_uid: int) -> list[Any]:
+def read_entries(path: str, trusted_uid: int) -> list[str]:
     """Read a file of users, which root or that uid must own; OSError, ValueError."""
     entries = []
     for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
@@ -1543,7 +1479,7 @@ class Limits:
         self.limits, self.lock = {60: dict(hourly), 3600: dict(daily)}, threading.Lock()
         self.counts: dict[tuple[int, int], dict[int, int]] = {}  # by uid and step
         for limits in self.limits.values():
-            for name in [key for key in limits if isinstance(key, str) and key != "*"]:
+            for name in [key for key in limits if key != "*"]:
                 entry = account_by_name(name)
                 if entry:
                     limits[entry.pw_uid] = limits[name]
@@ -1557,33 +1493,29 @@ class Limits:
 
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
         """Count a message, unless it is refused; None if its user is over no limit."""
-        uid, limits = account.uid, {}
+        uid, name, limits = account.uid, account.name, {}
         for step, of_users in self.limits.items():
-            limit = of_users.get(uid, of_users.get(account.name, of_users.get("*")))
+            limit = of_users.get(uid, of_users.get(name, of_users.get("*")))
             if limit is not None:
                 limits[step] = limit
+        action = {"reject": "tempfail"}.get(blocked_action, blocked_action)  # not for good
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
-            if not over or blocked_action not in REFUSALS:
+            if not over or action != "tempfail":
                 for step in limits:
                     counts, now = self.counts.get((uid, step), {}), int(time.monotonic() // step)
                     counts[now] = counts.get(now, 0) + recipients
                     remember(self.counts, (uid, step), counts, 2 * MOST_REMEMBERED)
-        name = quote(account.name or uid)
+        user = quote(name or uid)
         if over:
-            return over_limit(name, f"{limits[over[0]]} recipients {PERIODS[over[0]][1]}")
+            what = f"{user} is over the limit of {limits[over[0]]} recipients {PERIODS[over[0]][1]}"
+            complain(f"user={what}", level=WARNING)
+            return Verdict(action, "limit", f"User {what}")
         for step, limit in limits.items():
             if sums[step] - recipients < 0.8 * limit <= sums[step]:
-                say(WARNING, f"user={name} has addressed {sums[step]} of {limit} recipients {PERIODS[step][1]}")
+                say(WARNING, f"user={user} has addressed {sums[step]} of {limit} recipients {PERIODS[step][1]}")
         return None
-
-
-def over_limit(name: str, limit: str) -> Verdict:
-    """Refuse a message for now, whatever blocked_action says of refusing for good."""
-    complain(f"user={name} is over the limit of {limit}", level=WARNING)
-    action = "tempfail" if blocked_action in REFUSALS else blocked_action
-    return Verdict(action, "limit", f"User {name} is over the limit of {limit}")
 
 
 def passed() -> Verdict:
@@ -1591,16 +1523,8 @@ def passed() -> Verdict:
     return Verdict("tag" if header_fields else "pass")
 
 
-def refusal(reason: str, user: Any) -> Verdict:
-    """Do what blocked_action says."""
-    return Verdict(blocked_action, reason, f"User {quote(user)} is blocked from sending mail")
-
-
 def unidentified(why: str, accept: str = "accept") -> Verdict:
-    """Do what unidentified_action says, but refuse nothing for good where the fault is ours.
-
-    accept: what to do where it says that.
-    """
+    """Do what unidentified_action says ("accept": as told); refuse for now where the fault is ours."""
     action = accept if unidentified_action == "accept" else unidentified_action
     if action == "accept":
         return passed()
@@ -2185,7 +2109,7 @@ ROW = rb"([0-9A-F]{2})(?: [0-9A-F]+:[0-9A-F]+){2} [0-9A-F]+ +(\d+) +\d+ (\d+) \d
 
 def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint,
                           server: Optional[Endpoint]) -> ClientSocket:
-    """Say whose the client's end in a container is; REMOTE if it is none, or the MTA is elsewhere; OSError.
+    """Say whose the client's end in a container is; REMOTE if there is none on this host; OSError.
 
     The MTA's end is looked at first: while it lives, the client's end cannot change hands, and
     "confirm" looks whether it has lived since.
@@ -2202,7 +2126,7 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
     if "uid" not in facts:
         return unknown(facts["why"] if facts["why"] in ("busy", "timeout") else "container")
     client_end = mta_end._replace(uid=facts["uid"], inode=facts["inode"], cgroup=facts["cgroup"])
-    return client_socket(client_end, mta_end)._replace(in_container=True)
+    return client_socket(client_end, mta_end)._replace(in_container=not delegated_to(client_end.uid))
 
 
 class Namespaces:
@@ -2230,7 +2154,7 @@ class Namespaces:
         return found.pop() if len(found) == 1 else None
 
     def walk(self) -> dict[int, int]:
-        """Give all network namespaces but this one, where sock_diag has looked, and a process in each."""
+        """Give all network namespaces but this one, each with a process that is in it."""
         processes: dict[int, int] = {}
         for pid in psutil.pids():
             self.charge(1)
@@ -2262,7 +2186,8 @@ class Namespaces:
         trie = self.read(pid, "fib_trie", MOST_ADDRESS_BYTES)
         v4 = re.findall(rb"\|-- ([0-9.]+)\n(?: +/.*\n)*? +/32 host LOCAL\n", trie)
         v6 = re.findall(rb"(?m)^[0-9a-f]{32}", self.read(pid, "if_inet6", MOST_ADDRESS_BYTES))
-        return {V4_MAPPED + socket.inet_aton(text.decode()) for text in v4} | set(map(binascii.unhexlify, v6))
+        mapped = {V4_MAPPED + socket.inet_aton(text.decode()) for text in v4}
+        return mapped | {bytes.fromhex(text.decode()) for text in v6}
 
     def rows(self, pid: int, *ends: bytes) -> list[tuple[bytes, bytes, bytes]]:
         """Give state, uid and inode of the sockets with these ends in a process's namespace."""
@@ -2286,7 +2211,7 @@ class Namespaces:
 
 
 def namespace_that_counts(pid: int) -> int:
-    """Give a process's network namespace; 0 if not root made the user namespace of that; OSError."""
+    """Give a process's network namespace; 0 if its user namespace is not of root's making; OSError."""
     with open(f"/proc/{pid}/ns/net", "rb", buffering=0) as network, \
             open(fcntl.ioctl(network, NS_GET_USERNS), "rb", buffering=0) as users:
         made_by_root = fcntl.ioctl(users, NS_GET_OWNER_UID, bytes(4)) == bytes(4)
@@ -2854,8 +2779,7 @@ def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
     milter, directory = SysuserMilter, Directory()
     milter.directory, milter.limits = directory, Limits(hourly_limits, daily_limits)
-    milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
-                              os.geteuid())
+    milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file)
     milter.blocked.now()
     if allowed_mailusers is not None:
         milter.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)

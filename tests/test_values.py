@@ -100,7 +100,8 @@ def test_fields_read_back_as_what_was_written_and_imitate_no_other(pairs: list[t
 @given(st.binary(max_size=300))
 def test_a_reply_with_a_hostile_name_stays_one_valid_line(name: bytes) -> None:
     """A user name from a directory service cannot end the reply, nor make one that libmilter refuses."""
-    text = ms.refusal("blocked", os.fsdecode(name).replace("\0", "") or 1).text
+    account = ms.Account(1, 1, os.fsdecode(name).replace("\0", "") or None)
+    text = ms.refusal_of(account, ms.Entries(uids=frozenset({1})), None).text
     assert re.fullmatch(r"[ -~]+", text) and len(text) < 510  # RFC 5321, 4.5.3.1.5
 
 
