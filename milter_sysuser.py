@@ -2466,16 +2466,6 @@ def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def is_path(value: Any) -> bool:
-    """Tell whether it is an absolute path, or None."""
-    return value is None or is_text(r"/[^\0]*", value)
-
-
-def are_fields(value: Any) -> bool:
-    """Tell whether it is a list of fields, each there once."""
-    return isinstance(value, list) and all(value.count(field) == 1 and field in FIELDS for field in value)
-
-
 def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
     """Check what is at the socket's path, and its directory."""
     directory = os.path.dirname(path)
@@ -2510,11 +2500,6 @@ def user_problems(name: Any, user: Optional[pwd.struct_passwd]) -> Iterator[str]
         yield f"started under uid {os.geteuid()}, which is neither root nor that user"
 
 
-def list_problems(entries: Optional[list[Any]], user: Any) -> Iterator[str]:
-    """Check the entries of a list of users."""
-    return entry_problems(map(unquoted, entries or []))
-
-
 def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Iterator[str]:
     """Check a file of users."""
     try:
@@ -2527,13 +2512,11 @@ def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Ite
 def network_problems(networks: list[Any], user: Any) -> Iterator[str]:
     """Check container_networks."""
     for network in networks:
-        try:
-            well = not any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS))
-        except ValueError:
-            well = False
-        if not well:
-            yield (f'{shown(network)} is not a network, like "172.17.0.0/16", '
-                   "with no host bits set and no loopback in it")
+        with contextlib.suppress(ValueError):
+            if not any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS)):
+                continue
+        yield (f'{shown(network)} is not a network, like "172.17.0.0/16", '
+               "with no host bits set and no loopback in it")
 
 
 def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
@@ -2546,10 +2529,19 @@ def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
             yield f"{shown(key)}: a limit is a whole number of recipients, or None"
 
 
-A_PATH, A_LIST = "must be an absolute path, or None", 'must be a list, like ["bob"]'
-SOME_LIMITS = 'must be like {"*": 200, "root": None}'
-SOME_FIELDS = "must be a list of " + ", ".join(FIELDS) + ", none of them twice"
+def one_of(*words: str) -> Rule:
+    """Make the rule of a setting that is one of some words, as delivered the first."""
+    return Rule(words[0], words.__contains__, "must be one of " + ", ".join(map(repr, words)))
+
+
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
+PATH = Rule(None, lambda value: value is None or is_text(r"/[^\0]*", value), "must be an absolute path, or None")
+USERS = Rule([], lambda value: isinstance(value, list), 'must be a list, like ["bob"]',
+             lambda users, _: entry_problems(map(unquoted, users or [])))
+LIMITS = Rule({}, lambda value: isinstance(value, dict), 'must be like {"*": 200, "root": None}', limit_problems)
+SOME_FIELDS = Rule([], lambda value: isinstance(value, list) and all(
+    value.count(field) == 1 and field in FIELDS for field in value),
+    "must be a list of " + ", ".join(FIELDS) + ", none of them twice")
 RULES = {  # of every setting, as they stand at the top
     "socketname": Rule(
         "/var/spool/postfix/private/milter.sock",
@@ -2559,28 +2551,25 @@ RULES = {  # of every setting, as they stand at the top
                     f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"),
     "run_as_user": Rule("postfix", lambda value: value is None or account_by_name(value),
                         "there is no such user", user_problems),
-    "blocked_mailusers": Rule([], lambda value: isinstance(value, list), A_LIST, list_problems),
-    "blocked_mailusers_file": Rule(None, is_path, A_PATH, file_problems),
-    "allowed_mailusers": Rule(None, lambda value: value is None or isinstance(value, list),
-                              A_LIST, list_problems),
-    "blocked_action": Rule("reject", lambda value: is_text("reject|tempfail|quarantine|log", value),
-                           "must be one of 'reject', 'tempfail', 'quarantine', 'log'"),
-    "unidentified_action": Rule(
-        "accept", lambda value: is_text("accept|tempfail|quarantine|reject", value),
-        "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
-    "hourly_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
-    "daily_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
+    "blocked_mailusers": USERS,
+    "blocked_mailusers_file": PATH._replace(problems=file_problems),
+    "allowed_mailusers": USERS._replace(
+        default=None, is_well=lambda value: value is None or isinstance(value, list)),
+    "blocked_action": one_of("reject", "tempfail", "quarantine", "log"),
+    "unidentified_action": one_of("accept", "tempfail", "quarantine", "reject"),
+    "hourly_limits": LIMITS,
+    "daily_limits": LIMITS,
     "container_networks": Rule([], lambda value: isinstance(value, list),
                                'must be a list, like ["172.17.0.0/16"]', network_problems),
     "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
                         "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
-    "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS),
-    "log_fields": Rule(["user", "uid", "program", "pid", "exe", "dir", "unit"], are_fields, SOME_FIELDS),
+    "header_fields": SOME_FIELDS._replace(default=["user", "program"]),
+    "log_fields": SOME_FIELDS._replace(default=["user", "uid", "program", "pid", "exe", "dir", "unit"]),
     "lsof_command": Rule(
         ["sudo", "-n", "/usr/bin/lsof"],
         lambda value: isinstance(value, list) and all(is_text(r"[^\0]+", word) for word in value),
         "must be a list of words, or []"),
-    "settings_file": Rule("/etc/milter_sysuser.conf", is_path, A_PATH),
+    "settings_file": PATH._replace(default="/etc/milter_sysuser.conf"),
 }
 
 
@@ -2606,7 +2595,7 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
     """Override settings by those of settings_file; give where each stands, and what is wrong."""
     path, sources, problems = values["settings_file"], {}, []
     try:
-        text = read_trusted(path, os.geteuid()) if path and is_path(path) else ""
+        text = read_trusted(path, os.geteuid()) if path and PATH.is_well(path) else ""
     except (OSError, ValueError) as error:
         # No file is well; a link that leads nowhere is not, perhaps in this unit only (ProtectHome=).
         is_none = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
@@ -2668,7 +2657,8 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
         if value != rule.default:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
-    check_host()
+    if is_lost(socketname):
+        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
     try:
         check_lookups(account_by_name(run_as_user))
         check_names()
@@ -2737,16 +2727,6 @@ def check_postfix() -> None:
                    "give local clients a listener with content_filter instead; see README, Content filters")
 
 
-def check_host() -> None:
-    """Look for what this host can have changed under the milter."""
-    if is_lost(socketname):
-        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
-    with contextlib.suppress(FileNotFoundError):
-        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
-            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
-                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
-
-
 def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
     """Look whether smtpd_milters names this socket, once, and so that a chrooted smtpd finds it."""
     spool, problem = settings.get("queue_directory", "/"), "it does not"
@@ -2772,19 +2752,17 @@ def may_be_local(hosts: str) -> bool:
                     for word in re.split(r"[\s,]+", hosts) if word]
     except ValueError:
         return True
-    own = own_addresses() | {ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")}
-    return any(network.is_loopback or address in network for network in networks for address in own)
+    return any(network.is_loopback or address in network for network in networks for address in own_addresses())
 
 
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Start as the milter does, and have it name another user and his program."""
     problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
-    useless = bool(problem)
-    if not useless:
+    if not problem:
         others = connection_made() if as_root else connections_found()
         container = container_made() if container_networks else None
         problem, way = prepare(user)
-        useless = isinstance(SysuserMilter.lookup, PsutilLookup)
+    useless = not isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup)
     report("users: the kernel (sock_diag)", problem, KERNEL_CURE, useless)
     if useless:
         return
@@ -2813,17 +2791,15 @@ OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends,
 
 def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
     """Find the owner of another user's connection; None if that fails."""
-    found = ""
+    what, owner = "users: another user's connection", None
     for client, server, uid in others:  # one that was found can end meanwhile
         began = time.perf_counter()
         owner = SysuserMilter.lookup.find_client_socket(client, server)
-        took = (time.perf_counter() - began) * 1e6
         if owner.uid == uid:
-            report(f"users: another user's connection, {took:.0f} us")
+            report(f"{what}, {(time.perf_counter() - began) * 1e6:.0f} us")
             return owner
-        found = "taken for another host's" if owner is REMOTE else owner.why or "wrong uid"
-    if found:
-        report("users: another user's connection", f"not found ({found})",
+    if owner:
+        report(what, f"not found ({owner.why or 'wrong uid'})",
                "run this again; in a unit or container, give it the host's network and users", fatal=as_root)
     else:
         report("users and programs of others", "not tried, no other user has a connection now",
@@ -2845,6 +2821,10 @@ def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
     if way != "the helper":
         lost = ("" if way else "root and ") + "clients that a NAT rule redirects stay unknown"
         report("programs: the helper", f"not there, {UNPRIVILEGED}; {lost}", HELPER_CURE)
+    with contextlib.suppress(FileNotFoundError):
+        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
+            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
+                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
 def connections_found() -> OtherUsers:
@@ -2918,11 +2898,6 @@ def capabilities() -> int:
     return int(match.group(1), 16) if match else 0
 
 
-def sees_others() -> bool:
-    """Tell whether this process may see what files other users' processes have open."""
-    return capabilities() & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
-
-
 def become(user: Optional[pwd.struct_passwd]) -> None:
     """Drop groups, gid and uid for good; None: stay. RuntimeError if there is a way back."""
     if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
@@ -2938,14 +2913,11 @@ HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
 @functools.lru_cache(maxsize=1)  # it stays as it was at the start
-def handed_over() -> str:
-    """Give libmilter's name for the service manager's socket (sd_listen_fds(3)), or "".
-
-    ValueError if what it hands over is not one listening unix socket for this process.
-    """
+def handed_over() -> bool:
+    """Tell whether the service manager hands a socket over; ValueError if that is none for us to listen on."""
     count, pid = os.environ.get("LISTEN_FDS"), os.environ.get("LISTEN_PID")
     if count is None and pid is None:
-        return ""
+        return False
     if pid != str(os.getpid()):
         raise ValueError(f"LISTEN_PID = {pid!r}: must be {os.getpid()}, this process, as the service manager sets it")
     if count != "1":
@@ -2953,23 +2925,8 @@ def handed_over() -> str:
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(HANDED_OVER)) as given:
         kind = given.family, given.type, given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if kind == (socket.AF_UNIX, socket.SOCK_STREAM, 1):
-            return f"fd:{HANDED_OVER}"
+            return True
     raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix stream socket that listens")
-
-
-def start_problem() -> str:
-    """Say why the milter cannot start here although its settings are well, or ""."""
-    problem = too_few_uids()
-    try:
-        if not problem and not handed_over() and os.path.lexists(socketname):
-            if is_served(socketname):
-                return f"another milter is already serving {socketname}"
-            os.unlink(socketname)
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        return f"{socketname}: {error}"
-    return problem
 
 
 def is_served(path: str) -> bool:
@@ -2992,7 +2949,8 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
         raise RuntimeError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
-    helper = fork_helper(user) if sees_others() else None
+    is_privileged = capabilities() & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
+    helper = fork_helper(user) if is_privileged else None
     become(user)
     if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
         set_capabilities(0)
@@ -3031,16 +2989,20 @@ def run() -> NoReturn:
         LIBC.mallopt(M_ARENA_MAX, 1)
     # Threads begin in "prepare", and none may take these: the main thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    problem = start_problem()
-    try:
-        lack, way = ("", "") if problem else prepare(account_by_name(run_as_user))
-    except RuntimeError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"could not start as {run_as_user}: {error}"
+    doing, problem = socketname, too_few_uids()
     if problem:
-        say(ERROR, problem)
-        end(EX_FAILED)
+        end(EX_FAILED, problem)
+    try:
+        if not handed_over() and os.path.lexists(socketname):
+            if is_served(socketname):
+                end(EX_FAILED, f"another milter is already serving {socketname}")
+            os.unlink(socketname)
+        doing = f"could not start as {run_as_user}"
+        lack, way = prepare(account_by_name(run_as_user))
+    except OSError as error:
+        end(EX_FAILED, f"{doing}: {error}")
+    except (RuntimeError, ValueError) as error:
+        end(EX_FAILED, str(error))
     if lack:
         by_psutil = isinstance(SysuserMilter.lookup, PsutilLookup)
         say(WARNING, lack + (": psutil is used, which names the holder of a socket for its owner" if by_psutil else ""))
@@ -3050,9 +3012,11 @@ def run() -> NoReturn:
     prepare_policy()
     os.chdir("/")
     sys.excepthook = report_exception
-    Milter.factory = SysuserMilter
-    Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
-    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
+    serve_mta(ways)
+
+
+def serve_mta(ways: str) -> NoReturn:
+    """Serve sessions until a signal comes, and end as it says."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: signals.put(number))
@@ -3060,18 +3024,17 @@ def run() -> NoReturn:
     # block goes to the main thread.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        path, aside = listen(handed_over())
+        path, aside = listen()
     except (OSError, Milter.error) as error:
-        say(ERROR, f"{socketname}: {error}")
-        end(EX_FAILED)
+        end(EX_FAILED, f"{socketname}: {error}")
     SysuserMilter.path = path
-    threading.Thread(target=serve_mta, args=(path,), daemon=True).start()
-    announce(path, ways, bool(aside))
+    threading.Thread(target=run_libmilter, args=(path,), daemon=True).start()
+    announce(path, ways)
     stop(path, aside, signals)
 
 
-def listen(given: str) -> tuple[str, tuple[int, ...]]:
-    """Open the socket, or take the one that is given; OSError, Milter.error.
+def listen() -> tuple[str, tuple[int, ...]]:
+    """Open the socket, or take the one that is handed over; OSError, Milter.error.
 
     Only Debian's libmilter takes a descriptor. Each makes a socket at a path, and accepts from what is
     under that number: there the given one is put. Give the path, and, to undo this, a copy of
@@ -3082,7 +3045,10 @@ def listen(given: str) -> tuple[str, tuple[int, ...]]:
         Milter.milter.setconn("unix:" + path)
         Milter.milter.opensocket(False)
         return path
-    if not given:
+    Milter.factory = SysuserMilter
+    Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
+    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
+    if not handed_over():
         os.umask(0o177)  # the socket's mode, as bind(2) takes it
         return bind(socketname), ()
     with tempfile.TemporaryDirectory() as directory:
@@ -3095,18 +3061,18 @@ def listen(given: str) -> tuple[str, tuple[int, ...]]:
         return handed.getsockname(), aside
 
 
-def serve_mta(path: str) -> None:
+def run_libmilter(path: str) -> None:
     """Have libmilter serve sessions until it fails."""
     try:
         Milter.runmilter("milter_sysuser", "unix:" + path, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        say(ERROR, f"{path}: {error}")
-        end(EX_FAILED)
+        end(EX_FAILED, f"{path}: {error}")
     os.kill(os.getpid(), signal.SIGHUP)  # libmilter has had a signal, and does not say which
 
 
-def announce(path: str, ways: str, given: bool) -> None:
+def announce(path: str, ways: str) -> None:
     """Say that sessions can begin, to the service manager as well (sd_notify(3))."""
+    given = handed_over()
     say(INFO, f"listening on {f'fd:{HANDED_OVER}' if given else path}")
     if given and is_lost(path):
         say(WARNING, f"{path} is not the service manager's socket any more, and mail passes unseen: {SOCKET_CURE}")
@@ -3162,12 +3128,14 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     end(EX_RESTART if restart else 0)
 
 
-def end(status: int) -> NoReturn:
-    """End at once: libmilter's own stop hangs under load (it destroys a mutex in use).
+def end(status: int, *problems: str) -> NoReturn:
+    """Log what is wrong, and end at once: libmilter's own stop hangs under load (it destroys a mutex in use).
 
     The MTA shall not wait on the service manager's socket until somebody mends a setting: nobody can
     connect to it any more, and who has connected is dropped, until there is nobody (OSError).
     """
+    for problem in problems:
+        say(ERROR, problem)
     with contextlib.suppress(ValueError, OSError):
         if status == EX_CONFIG and handed_over():
             given = socket.socket(fileno=HANDED_OVER)
@@ -3206,10 +3174,8 @@ def main() -> int:
     globals().update(values)
     if arguments.check:
         return check(sources, problems)
-    for problem in problems:
-        say(ERROR, problem)
     if problems:
-        end(EX_CONFIG)
+        end(EX_CONFIG, *problems)
     run()
 
 
