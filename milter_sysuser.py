@@ -2483,7 +2483,7 @@ def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[st
 
 
 def may_write(directory: str, user: pwd.struct_passwd) -> bool:
-    """Ask the kernel, in a child that becomes the user, whether he may make files in a directory."""
+    """Ask the kernel, in a child that becomes the user, whether he may make files there."""
     child = os.fork()
     if child == 0:
         try:
@@ -2492,12 +2492,6 @@ def may_write(directory: str, user: pwd.struct_passwd) -> bool:
         finally:  # that the milter may not become the user is told elsewhere
             os._exit(0)
     return os.waitpid(child, 0)[1] == 0
-
-
-def user_problems(name: Any, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
-    """Check whether this may become run_as_user."""
-    if user and os.geteuid() not in (0, user.pw_uid):
-        yield f"started under uid {os.geteuid()}, which is neither root nor that user"
 
 
 def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Iterator[str]:
@@ -2535,7 +2529,8 @@ def one_of(*words: str) -> Rule:
 
 
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
-PATH = Rule(None, lambda value: value is None or is_text(r"/[^\0]*", value), "must be an absolute path, or None")
+PATH = Rule(None, lambda value: value is None or is_text(r"/[^\0]*", value),
+            "must be an absolute path, or None")
 USERS = Rule([], lambda value: isinstance(value, list), 'must be a list, like ["bob"]',
              lambda users, _: entry_problems(map(unquoted, users or [])))
 LIMITS = Rule({}, lambda value: isinstance(value, dict), 'must be like {"*": 200, "root": None}', limit_problems)
@@ -2550,7 +2545,9 @@ RULES = {  # of every setting, as they stand at the top
     "timeout": Rule(0, lambda value: whole(value, LONGEST_TIMEOUT),
                     f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"),
     "run_as_user": Rule("postfix", lambda value: value is None or account_by_name(value),
-                        "there is no such user", user_problems),
+                        "there is no such user", lambda name, user: [
+                            f"started under uid {os.geteuid()}, which is neither root nor that user"
+                        ] if user and os.geteuid() not in (0, user.pw_uid) else []),
     "blocked_mailusers": USERS,
     "blocked_mailusers_file": PATH._replace(problems=file_problems),
     "allowed_mailusers": USERS._replace(
@@ -2559,8 +2556,8 @@ RULES = {  # of every setting, as they stand at the top
     "unidentified_action": one_of("accept", "tempfail", "quarantine", "reject"),
     "hourly_limits": LIMITS,
     "daily_limits": LIMITS,
-    "container_networks": Rule([], lambda value: isinstance(value, list),
-                               'must be a list, like ["172.17.0.0/16"]', network_problems),
+    "container_networks": USERS._replace(
+        sentence='must be a list, like ["172.17.0.0/16"]', problems=network_problems),
     "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
                         "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
     "header_fields": SOME_FIELDS._replace(default=["user", "program"]),
@@ -2597,7 +2594,7 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
     try:
         text = read_trusted(path, os.geteuid()) if path and PATH.is_well(path) else ""
     except (OSError, ValueError) as error:
-        # No file is well; a link that leads nowhere is not, perhaps in this unit only (ProtectHome=).
+        # No file is well; a link that leads nowhere is not, maybe in this unit only (ProtectHome=).
         is_none = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
         return {}, [] if is_none else [f"settings_file = {path!r}: {error}"]
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
@@ -2628,11 +2625,12 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 # ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
+LSOF_CURE = "install lsof and the rule of sudoers.example; if sudo is sudo-rs, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 SOCKET_CURE = "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser"
 FAILED: list[str] = []  # what --check found that stops the milter
+OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
 
 
 def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
@@ -2669,14 +2667,14 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
 
 
 def check_names() -> None:
-    """Look whether run_as_user can read the files, and NSS knows all who are named; OSError, ValueError."""
+    """Look whether run_as_user can read the files, and NSS knows all names; OSError, ValueError."""
     delegated_to(0)
     named = {name: globals()[name] or () for name in RULES if name.endswith(("_mailusers", "_limits"))}
     if blocked_mailusers_file:
         named[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
     for where, entries in named.items():
         for entry in not_found(entries):
-            report(f"{where}: {entry}", "is not found", "mend the name, unless it is to come")
+            report(f"{where}: {entry}", "is not found", "correct the name, unless it is still to come")
     incoming = os.path.join(find_queue(), "incoming")
     readable = os.access(incoming, os.R_OK | os.X_OK)
     report(f"users: of sendmail(1), from {incoming}", "" if readable else "cannot be read",
@@ -2691,7 +2689,7 @@ def not_found(entries: Iterable[Any]) -> Iterator[str]:
 
 
 def postconf(*arguments: str) -> list[str]:
-    """Ask Postfix for its settings; OSError, SubprocessError, ValueError if it does not give them."""
+    """Ask Postfix for its settings; OSError, SubprocessError, ValueError if it gives none."""
     command = shutil.which("postconf", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin")
     if command is None:
         raise FileNotFoundError("postconf is not there to ask")
@@ -2708,10 +2706,10 @@ def check_postfix() -> None:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
         lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        report("Postfix", str(error), "with Postfix, mend what it says; with Sendmail, see README, Sendmail")
+        report("Postfix", str(error), "with Postfix, correct what it says; with Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
-    # Columns of master.cf(5): chroot is the fifth ("-": no, since Postfix 3.0), the command the eighth.
+    # Columns of master.cf(5): the fifth is chroot ("-": no, since Postfix 3.0), the eighth the command.
     check_smtpd_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
     early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
@@ -2721,7 +2719,7 @@ def check_postfix() -> None:
         if kind.endswith("_upstream_proxy_protocol") or (
                 kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
             report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
-                   "allow it to addresses only that users of this host cannot have, on a port of its own")
+                   "allow it only to addresses that no user of this host can have, on a port of its own")
         if kind == "smtpd_proxy_filter":
             report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
                    "give local clients a listener with content_filter instead; see README, Content filters")
@@ -2733,11 +2731,10 @@ def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
     for name, value in settings.items():
         paths = re.findall(r"unix:([^\s,{}]+)", value) if name.split("/")[-1] == "smtpd_milters" else []
         ours = [path for path in paths if os.path.join(spool, path) == socketname]
-        if len(ours) > 1:
-            problem = "twice"
-        elif ours:
+        if ours:
             hidden = chrooted and ours[0].startswith("/")
             problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
+            problem = "twice" if len(ours) > 1 else problem
     mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
     line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
     report("Postfix: smtpd_milters names this socket", problem,
@@ -2768,7 +2765,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
         return
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
-           "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
+           "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
     check_programs(way, check_users(others, as_root))
     if container_networks:
         check_containers(container)
@@ -2784,9 +2781,6 @@ def check_containers(end: Optional[Endpoint]) -> None:
     took = (time.perf_counter() - began) * 1e3
     report(f"containers: a connection in another network namespace, {took:.0f} ms",
            "" if facts.get("uid") == 0 else facts.get("why", "wrong uid"), HELPER_CURE)
-
-
-OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
 
 
 def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
@@ -2879,42 +2873,37 @@ def container_made() -> Optional[Endpoint]:
 # linux/capability.h
 CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, LINUX_CAPABILITY_VERSION_3 = 2, 19, 0x20080522
 CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
+HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 UNPRIVILEGED = "without the privilege to see other users' processes"
 
 
 def set_capabilities(wanted: int) -> None:
     """Keep, of the capabilities this process has, only those of a mask; OSError."""
-    mask = wanted & capabilities()
+    mask = wanted & status_mask("CapPrm")
     header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
     # struct __user_cap_data_struct: effective, permitted, inheritable; then the same above 31
-    if LINUX and LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
+    if LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def capabilities() -> int:
-    """Give the permitted capabilities of this process as a mask; 0 where there are none to read."""
-    status = read_file("/proc/self/status") if LINUX else ""
-    match = re.search(r"^CapPrm:\s*([0-9a-f]+)", status, re.MULTILINE)
-    return int(match.group(1), 16) if match else 0
+def status_mask(field: str, of: str = "self") -> int:
+    """Read a mask of /proc/PID/status: CapPrm, permitted capabilities; SigBlk, blocked signals."""
+    match = re.search(rf"^{field}:\s*(\w+)", read_file(f"/proc/{of}/status"), re.MULTILINE)
+    return int(match[1], 16) if match else 0
 
 
 def become(user: Optional[pwd.struct_passwd]) -> None:
-    """Drop groups, gid and uid for good; None: stay. RuntimeError if there is a way back."""
+    """Drop groups, gid and uid for good; None: stay. OSError."""
     if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
         return
     os.setgroups([])
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
     os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
-    if os.getresuid() != (user.pw_uid,) * 3 or os.getresgid() != (user.pw_gid,) * 3:
-        raise RuntimeError("could not drop root for good")
-
-
-HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
 @functools.lru_cache(maxsize=1)  # it stays as it was at the start
 def handed_over() -> bool:
-    """Tell whether the service manager hands a socket over; ValueError if that is none for us to listen on."""
+    """Tell whether the service manager hands a socket over; ValueError if it cannot be used."""
     count, pid = os.environ.get("LISTEN_FDS"), os.environ.get("LISTEN_PID")
     if count is None and pid is None:
         return False
@@ -2940,19 +2929,18 @@ def is_served(path: str) -> bool:
 
 
 def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
-    """Choose how users and programs are looked up, fork the helper, and drop privilege for good.
+    """Choose the look-ups, fork the helper, drop privilege for good; OSError, RuntimeError.
 
-    Gives what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or,
-    for nobody, "". Raises OSError, RuntimeError if there is no way to start.
+    Give what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or "".
     """
     try:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
         raise RuntimeError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
-    is_privileged = capabilities() & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
-    helper = fork_helper(user) if is_privileged else None
+    sees_others = LINUX and status_mask("CapPrm") & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
+    helper = fork_helper(user) if sees_others else None
     become(user)
-    if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
+    if user and LINUX:  # None is to stay as started: without sock_diag, psutil needs the privilege
         set_capabilities(0)
     by_lsof = helper is None and lsof_allowed()
     SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(helper, by_lsof)
@@ -2964,8 +2952,8 @@ def prepare_policy() -> None:
     """Set up the lists and limits that sessions share."""
     milter, directory = SysuserMilter, Directory()
     milter.directory, milter.limits = directory, Limits(hourly_limits, daily_limits)
-    milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file,
-                              os.geteuid())
+    milter.blocked = UserList(
+        directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file, os.geteuid())
     milter.blocked.now()
     if allowed_mailusers is not None:
         milter.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
@@ -2974,7 +2962,7 @@ def prepare_policy() -> None:
         end(EX_CONFIG)
     for setting in "hourly_limits", "daily_limits":
         for name in not_found(globals()[setting]):
-            say(WARNING, f"{setting}: {name} is not found: mend the name, or start again when there is that user")
+            say(WARNING, f"{setting}: {name} is not found: correct it, or restart the milter once there is that user")
     limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
@@ -2982,11 +2970,6 @@ def prepare_policy() -> None:
 
 def run() -> NoReturn:
     """Serve the MTA until told to stop."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has a heap of its own, and memory creeps up
-        LIBC.mallopt(M_ARENA_MAX, 1)
     # Threads begin in "prepare", and none may take these: the main thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     doing, problem = socketname, too_few_uids()
@@ -3087,7 +3070,7 @@ def announce(path: str, ways: str) -> None:
 
 
 def is_lost(path: str) -> bool:
-    """Tell whether somebody listens on a socket that was bound to a path, which leads elsewhere now."""
+    """Tell whether somebody listens on a socket whose path leads elsewhere now."""
     with contextlib.suppress(OSError):  # many wait there; or it cannot be told
         return sockets_at(path, "01") > is_served(path)
     return False
@@ -3103,7 +3086,7 @@ def sockets_at(path: str, *states: str) -> int:
     return 0
 
 
-def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> NoReturn:
+def stop(path: str, aside: tuple[int, int], signals: queue.SimpleQueue[int]) -> NoReturn:
     """Wait for a signal; take no new sessions, let those that are open end, and end.
 
     In a session that is cut off the MTA would go on without us. A second signal does that at once.
@@ -3112,15 +3095,15 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     threading.Timer(AGAIN_SECONDS, SysuserMilter.directory.end).start()
     SysuserMilter.path = ""
     deadline = time.monotonic() + STOP_SECONDS
-    if aside:  # new ones wait with the service manager
-        os.dup2(aside[0], aside[1], inheritable=False)
+    if handed_over():  # new ones wait with the service manager
+        os.dup2(*aside, inheritable=False)
     else:
         with contextlib.suppress(OSError):
             os.unlink(path)
     while left and len(told) == 1 and time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
             told.append(signals.get(timeout=0.03))  # also the time for an accept(2) that has begun
-        left = sockets_at(path, "03") if aside else sockets_at(path, "02", "03")
+        left = sockets_at(path, "03", "" if handed_over() else "02")
     if left:
         say(WARNING, f"{left} sessions are still open: the MTA goes on in them as where no milter is")
     restart = set(told) == {signal.SIGHUP}
@@ -3129,9 +3112,9 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
 
 
 def end(status: int, *problems: str) -> NoReturn:
-    """Log what is wrong, and end at once: libmilter's own stop hangs under load (it destroys a mutex in use).
+    """Log problems, and end at once: libmilter's own stop destroys a mutex in use, and hangs.
 
-    The MTA shall not wait on the service manager's socket until somebody mends a setting: nobody can
+    The MTA shall not wait on the service manager's socket until a setting is mended: nobody can
     connect to it any more, and who has connected is dropped, until there is nobody (OSError).
     """
     for problem in problems:
@@ -3176,6 +3159,11 @@ def main() -> int:
         return check(sources, problems)
     if problems:
         end(EX_CONFIG, *problems)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has its own heap, and memory creeps up
+        LIBC.mallopt(M_ARENA_MAX, 1)
     run()
 
 
