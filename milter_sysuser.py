@@ -3000,48 +3000,49 @@ def run() -> NoReturn:
 
 def serve_mta(ways: str) -> NoReturn:
     """Serve sessions until a signal comes, and end as it says."""
+    Milter.factory = SysuserMilter
+    Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
+    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode is unidentified
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: signals.put(number))
     # libmilter waits for the same signals in a thread of its own. One that the main thread does not
-    # block goes to the main thread.
+    # block goes to the main thread, but see "takes_signals".
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        path, aside = listen()
+        with tempfile.TemporaryDirectory() as directory:
+            path, aside = listen(f"{directory}/socket", signals)
     except (OSError, Milter.error) as error:
         end(EX_FAILED, f"{socketname}: {error}")
     SysuserMilter.path = path
-    threading.Thread(target=run_libmilter, args=(path,), daemon=True).start()
     announce(path, ways)
     stop(path, aside, signals)
 
 
-def listen() -> tuple[str, tuple[int, ...]]:
-    """Open the socket, or take the one that is handed over; OSError, Milter.error.
+def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int, int]]:
+    """Have libmilter serve a socket that nobody can reach, then ours in its place; OSError, Milter.error.
 
-    Only Debian's libmilter takes a descriptor. Each makes a socket at a path, and accepts from what is
-    under that number: there the given one is put. Give the path, and, to undo this, a copy of
-    libmilter's own socket, which nobody can reach, and its number.
+    Only Debian's takes a descriptor; each accepts from what is under its socket's number. Give the
+    path of ours, and, to undo this, a copy of libmilter's own socket and its number.
     """
-    def bind(path: str) -> str:  # runmilter goes on with this socket
-        Milter.milter.register("milter_sysuser")
-        Milter.milter.setconn("unix:" + path)
-        Milter.milter.opensocket(False)
-        return path
-    Milter.factory = SysuserMilter
-    Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
-    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
-    if not handed_over():
-        os.umask(0o177)  # the socket's mode, as bind(2) takes it
-        return bind(socketname), ()
-    with tempfile.TemporaryDirectory() as directory:
-        path, me = bind(f"{directory}/socket"), psutil.Process()
-        sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
-        number = next(one.fd for one in sockets("unix") if one.laddr == path)
+    Milter.milter.register("milter_sysuser")
+    Milter.milter.setconn("unix:" + hidden)
+    Milter.milter.opensocket(False)  # runmilter goes on with this socket
+    me = psutil.Process()
+    sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
+    number = next(one.fd for one in sockets("unix") if one.laddr == hidden)
     aside = os.dup(number), number
-    os.dup2(HANDED_OVER, number, inheritable=False)
-    with socket.socket(fileno=os.dup(HANDED_OVER)) as handed:
-        return handed.getsockname(), aside
+    threading.Thread(target=run_libmilter, args=(hidden,), daemon=True).start()
+    while signals.empty() and not takes_signals():
+        time.sleep(0.005)
+    with socket.socket(fileno=os.dup(HANDED_OVER)) if handed_over() else socket.socket(socket.AF_UNIX) as ours:
+        if not handed_over():
+            os.umask(0o177)  # the socket's mode, as bind(2) takes it
+            ours.bind(socketname)
+            ours.listen(socket.SOMAXCONN)
+        os.dup2(ours.fileno(), number, inheritable=False)
+        is_served(hidden)  # which ends its waiting for the hidden one
+        return ours.getsockname(), aside
 
 
 def run_libmilter(path: str) -> None:
@@ -3049,8 +3050,21 @@ def run_libmilter(path: str) -> None:
     try:
         Milter.runmilter("milter_sysuser", "unix:" + path, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        end(EX_FAILED, f"{path}: {error}")
+        end(EX_FAILED, f"{socketname}: {error}")
     os.kill(os.getpid(), signal.SIGHUP)  # libmilter has had a signal, and does not say which
+
+
+def takes_signals() -> bool:
+    """Tell whether libmilter's own thread waits for signals.
+
+    Just when it begins to, it may take one that is on its way to the main thread.
+    """
+    ours = {str(thread.native_id) for thread in threading.enumerate()}
+    with contextlib.suppress(OSError):  # a thread has ended
+        for thread in set(os.listdir("/proc/self/task")) - ours if LINUX else ():
+            if not status_mask("SigBlk", f"self/task/{thread}") & 1 << signal.SIGTERM - 1:
+                return True
+    return not LINUX
 
 
 def announce(path: str, ways: str) -> None:
