@@ -2475,10 +2475,8 @@ def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[st
         yield f"there is no directory {directory}"
     elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         yield "there is something at that path that is not a socket"
-    elif user and not may_write(directory, user):
-        with contextlib.suppress(OSError):
-            if is_served(path):  # it was made for this user, by the service manager
-                return
+    elif user and not sockets_at(path, "01") and not may_write(directory, user):
+        # One that listens there was made for this user, by the service manager.
         yield f"user {user.pw_name} may not write to {directory}"
 
 
@@ -2661,8 +2659,8 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
         check_lookups(account_by_name(run_as_user))
         check_names()
     except (OSError, RuntimeError, ValueError) as error:
-        cure = "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names"
-        report("as run_as_user", str(error), cure, True)
+        report("as run_as_user", str(error),
+               "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names", fatal=True)
     return EX_CONFIG if FAILED else 0
 
 
@@ -3156,10 +3154,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()
-    number = os.open(os.devnull, os.O_RDWR)
-    while number < 3:  # one of these that was closed must not become a socket of ours
-        number = os.dup(number)
-    os.close(number)
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # one of these that was closed must not become a socket of ours
     log_target()  # now, while it may still be opened anew
     if MISSING:
         sys.stderr.write(f"milter_sysuser: {MISSING}: install pymilter 1.0.5 or newer and psutil "
