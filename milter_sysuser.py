@@ -3030,7 +3030,8 @@ def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int
     sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
     number = next(one.fd for one in sockets("unix") if one.laddr == hidden)
     aside = os.dup(number), number
-    threading.Thread(target=run_libmilter, args=(hidden,), daemon=True).start()
+    thread = threading.Thread(target=run_libmilter, args=(hidden,), daemon=True)
+    thread.start()
     while signals.empty() and not takes_signals():
         time.sleep(0.005)
     with socket.socket(fileno=os.dup(HANDED_OVER)) if handed_over() else socket.socket(socket.AF_UNIX) as ours:
@@ -3039,7 +3040,9 @@ def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int
             ours.bind(socketname)
             ours.listen(socket.SOMAXCONN)
         os.dup2(ours.fileno(), number, inheritable=False)
-        is_served(hidden)  # which ends its waiting for the hidden one
+        if thread.ident and thread.is_alive():  # in poll(2), which goes on with the hidden one unless a signal comes
+            signal.signal(signal.SIGURG, lambda *_: None)
+            signal.pthread_kill(thread.ident, signal.SIGURG)
         return ours.getsockname(), aside
 
 
