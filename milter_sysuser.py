@@ -3161,9 +3161,8 @@ def main() -> int:
         pass  # one of these that was closed must not become a socket of ours
     log_target()  # now, while it may still be opened anew
     if MISSING:
-        sys.stderr.write(f"milter_sysuser: {MISSING}: install pymilter 1.0.5 or newer and psutil "
-                         "(Debian 12 or newer: python3-milter python3-psutil)\n")
-        end(EX_CONFIG)
+        end(EX_CONFIG, f"{MISSING}: install pymilter 1.0.5 or newer and psutil "
+                       "(Debian 12 or newer: python3-milter python3-psutil)")
     values = {name: globals()[name] for name in RULES}
     sources, problems = take_settings_file(values)
     problems += settings_problems(values, sources)
