@@ -3032,6 +3032,7 @@ def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int
     aside = os.dup(number), number
     thread = threading.Thread(target=run_libmilter, args=(hidden,), daemon=True)
     thread.start()
+    signal.signal(signal.SIGURG, lambda *_: None)
     while signals.empty() and not takes_signals():
         time.sleep(0.005)
     with socket.socket(fileno=os.dup(HANDED_OVER)) if handed_over() else socket.socket(socket.AF_UNIX) as ours:
@@ -3040,9 +3041,10 @@ def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int
             ours.bind(socketname)
             ours.listen(socket.SOMAXCONN)
         os.dup2(ours.fileno(), number, inheritable=False)
-        if thread.ident and thread.is_alive():  # in poll(2), which goes on with the hidden one unless a signal comes
-            signal.signal(signal.SIGURG, lambda *_: None)
-            signal.pthread_kill(thread.ident, signal.SIGURG)
+        # A signal ends its poll(2), which would go on with the hidden one, for 5 s. pthread_kill(3) of
+        # glibc blocks all signals meanwhile: one for us could go to libmilter's thread.
+        if hasattr(LIBC, "tgkill"):
+            LIBC.tgkill(os.getpid(), thread.native_id, signal.SIGURG)
         return ours.getsockname(), aside
 
 
