@@ -2234,16 +2234,6 @@ def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def is_path(value: Any) -> bool:
-    """Tell whether it is an absolute path, or None."""
-    return value is None or is_text(r"/[^\0]*", value)
-
-
-def are_fields(value: Any) -> bool:
-    """Tell whether it is a list of fields, each there once."""
-    return isinstance(value, list) and all(value.count(field) == 1 and field in FIELDS for field in value)
-
-
 def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
     """Check what is at the socket's path, and its directory."""
     directory = os.path.dirname(path)
@@ -2253,15 +2243,13 @@ def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[st
         yield f"there is no directory {directory}"
     elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         yield "there is something at that path that is not a socket"
-    elif user and not may_write(directory, user):
-        with contextlib.suppress(OSError):
-            if is_served(path):  # it was made for this user, by the service manager
-                return
+    elif user and not sockets_at(path, "01") and not may_write(directory, user):
+        # One that listens there was made for this user, by the service manager.
         yield f"user {user.pw_name} may not write to {directory}"
 
 
 def may_write(directory: str, user: pwd.struct_passwd) -> bool:
-    """Ask the kernel, in a child that becomes the user, whether he may make files in a directory."""
+    """Ask the kernel, in a child that becomes the user, whether he may make files there."""
     child = os.fork()
     if child == 0:
         try:
@@ -2270,17 +2258,6 @@ def may_write(directory: str, user: pwd.struct_passwd) -> bool:
         finally:  # that the milter may not become the user is told elsewhere
             os._exit(0)
     return os.waitpid(child, 0)[1] == 0
-
-
-def user_problems(name: Any, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
-    """Check whether this may become run_as_user."""
-    if user and os.geteuid() not in (0, user.pw_uid):
-        yield f"started under uid {os.geteuid()}, which is neither root nor that user"
-
-
-def list_problems(entries: Optional[list[Any]], user: Any) -> Iterator[str]:
-    """Check the entries of a list of users."""
-    return entry_problems(map(unquoted, entries or []))
 
 
 def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Iterator[str]:
@@ -2295,13 +2272,11 @@ def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Ite
 def network_problems(networks: list[Any], user: Any) -> Iterator[str]:
     """Check container_networks."""
     for network in networks:
-        try:
-            well = not any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS))
-        except ValueError:
-            well = False
-        if not well:
-            yield (f'{shown(network)} is not a network, like "172.17.0.0/16", '
-                   "with no host bits set and no loopback in it")
+        with contextlib.suppress(ValueError):
+            if not any(map(ipaddress.ip_network(str(network)).overlaps, NEVER_CONTAINERS)):
+                continue
+        yield (f'{shown(network)} is not a network, like "172.17.0.0/16", '
+               "with no host bits set and no loopback in it")
 
 
 def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
@@ -2314,10 +2289,20 @@ def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
             yield f"{shown(key)}: a limit is a whole number of recipients, or None"
 
 
-A_PATH, A_LIST = "must be an absolute path, or None", 'must be a list, like ["bob"]'
-SOME_LIMITS = 'must be like {"*": 200, "root": None}'
-SOME_FIELDS = "must be a list of " + ", ".join(FIELDS) + ", none of them twice"
+def one_of(*words: str) -> Rule:
+    """Make the rule of a setting that is one of some words, as delivered the first."""
+    return Rule(words[0], words.__contains__, "must be one of " + ", ".join(map(repr, words)))
+
+
 LONGEST_TIMEOUT = 2_147_483  # seconds; libmilter gives poll(2) milliseconds in an int
+PATH = Rule(None, lambda value: value is None or is_text(r"/[^\0]*", value),
+            "must be an absolute path, or None")
+USERS = Rule([], lambda value: isinstance(value, list), 'must be a list, like ["bob"]',
+             lambda users, _: entry_problems(map(unquoted, users or [])))
+LIMITS = Rule({}, lambda value: isinstance(value, dict), 'must be like {"*": 200, "root": None}', limit_problems)
+SOME_FIELDS = Rule([], lambda value: isinstance(value, list) and all(
+    value.count(field) == 1 and field in FIELDS for field in value),
+    "must be a list of " + ", ".join(FIELDS) + ", none of them twice")
 RULES = {  # of every setting, as they stand at the top
     "socketname": Rule(
         "/var/spool/postfix/private/milter.sock",
@@ -2326,29 +2311,28 @@ RULES = {  # of every setting, as they stand at the top
     "timeout": Rule(0, lambda value: whole(value, LONGEST_TIMEOUT),
                     f"must be a whole number of seconds from 0 to {LONGEST_TIMEOUT}"),
     "run_as_user": Rule("postfix", lambda value: value is None or account_by_name(value),
-                        "there is no such user", user_problems),
-    "blocked_mailusers": Rule([], lambda value: isinstance(value, list), A_LIST, list_problems),
-    "blocked_mailusers_file": Rule(None, is_path, A_PATH, file_problems),
-    "allowed_mailusers": Rule(None, lambda value: value is None or isinstance(value, list),
-                              A_LIST, list_problems),
-    "blocked_action": Rule("reject", lambda value: is_text("reject|tempfail|quarantine|log", value),
-                           "must be one of 'reject', 'tempfail', 'quarantine', 'log'"),
-    "unidentified_action": Rule(
-        "accept", lambda value: is_text("accept|tempfail|quarantine|reject", value),
-        "must be one of 'accept', 'tempfail', 'quarantine', 'reject'"),
-    "hourly_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
-    "daily_limits": Rule({}, lambda value: isinstance(value, dict), SOME_LIMITS, limit_problems),
-    "container_networks": Rule([], lambda value: isinstance(value, list),
-                               'must be a list, like ["172.17.0.0/16"]', network_problems),
+                        "there is no such user", lambda name, user: [
+                            f"started under uid {os.geteuid()}, which is neither root nor that user"
+                        ] if user and os.geteuid() not in (0, user.pw_uid) else []),
+    "blocked_mailusers": USERS,
+    "blocked_mailusers_file": PATH._replace(problems=file_problems),
+    "allowed_mailusers": USERS._replace(
+        default=None, is_well=lambda value: value is None or isinstance(value, list)),
+    "blocked_action": one_of("reject", "tempfail", "quarantine", "log"),
+    "unidentified_action": one_of("accept", "tempfail", "quarantine", "reject"),
+    "hourly_limits": LIMITS,
+    "daily_limits": LIMITS,
+    "container_networks": USERS._replace(
+        sentence='must be a list, like ["172.17.0.0/16"]', problems=network_problems),
     "header_name": Rule("X-Sender-Process-Info", lambda value: is_text("[!-9;-~]{1,76}", value),
                         "must be 1 to 76 printable ASCII characters, no blank, no colon (RFC 5322)"),
-    "header_fields": Rule(["user", "program"], are_fields, SOME_FIELDS),
-    "log_fields": Rule(["user", "uid", "program", "pid", "exe", "dir", "unit"], are_fields, SOME_FIELDS),
+    "header_fields": SOME_FIELDS._replace(default=["user", "program"]),
+    "log_fields": SOME_FIELDS._replace(default=["user", "uid", "program", "pid", "exe", "dir", "unit"]),
     "lsof_command": Rule(
         ["sudo", "-n", "/usr/bin/lsof"],
         lambda value: isinstance(value, list) and all(is_text(r"[^\0]+", word) for word in value),
         "must be a list of words, or []"),
-    "settings_file": Rule("/etc/milter_sysuser.conf", is_path, A_PATH),
+    "settings_file": PATH._replace(default="/etc/milter_sysuser.conf"),
 }
 
 
@@ -2374,9 +2358,9 @@ def take_settings_file(values: dict[str, Any]) -> tuple[dict[str, str], list[str
     """Override settings by those of settings_file; give where each stands, and what is wrong."""
     path, sources, problems = values["settings_file"], {}, []
     try:
-        text = read_trusted(path, os.geteuid()) if path and is_path(path) else ""
+        text = read_trusted(path, os.geteuid()) if path and PATH.is_well(path) else ""
     except (OSError, ValueError) as error:
-        # No file is well; a link that leads nowhere is not, perhaps in this unit only (ProtectHome=).
+        # No file is well; a link that leads nowhere is not, maybe in this unit only (ProtectHome=).
         is_none = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
         return {}, [] if is_none else [f"settings_file = {path!r}: {error}"]
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
@@ -2407,11 +2391,12 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 # ---------------------------------------------------------------------------------------- --check
 HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof and the rule of sudoers.example; with sudo-rs, which takes none, start the milter as root"
+LSOF_CURE = "install lsof and the rule of sudoers.example; if sudo is sudo-rs, start the milter as root"
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 SOCKET_CURE = "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser"
 FAILED: list[str] = []  # what --check found that stops the milter
+OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
 
 
 def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
@@ -2436,25 +2421,26 @@ def check(sources: dict[str, str], problems: list[str]) -> int:
         if value != rule.default:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
-    check_host()
+    if is_lost(socketname):
+        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
     try:
         check_lookups(account_by_name(run_as_user))
         check_names()
     except (OSError, RuntimeError, ValueError) as error:
-        cure = "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names"
-        report("as run_as_user", str(error), cure, True)
+        report("as run_as_user", str(error),
+               "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names", fatal=True)
     return EX_CONFIG if FAILED else 0
 
 
 def check_names() -> None:
-    """Look whether run_as_user can read the files, and NSS knows all who are named; OSError, ValueError."""
+    """Look whether run_as_user can read the files, and NSS knows all names; OSError, ValueError."""
     delegated_to(0)
     named = {name: globals()[name] or () for name in RULES if name.endswith(("_mailusers", "_limits"))}
     if blocked_mailusers_file:
         named[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
     for where, entries in named.items():
         for entry in not_found(entries):
-            report(f"{where}: {entry}", "is not found", "mend the name, unless it is to come")
+            report(f"{where}: {entry}", "is not found", "correct the name, unless it is still to come")
     incoming = os.path.join(find_queue(), "incoming")
     readable = os.access(incoming, os.R_OK | os.X_OK)
     report(f"users: of sendmail(1), from {incoming}", "" if readable else "cannot be read",
@@ -2469,7 +2455,7 @@ def not_found(entries: Iterable[Any]) -> Iterator[str]:
 
 
 def postconf(*arguments: str) -> list[str]:
-    """Ask Postfix for its settings; OSError, SubprocessError, ValueError if it does not give them."""
+    """Ask Postfix for its settings; OSError, SubprocessError, ValueError if it gives none."""
     command = shutil.which("postconf", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin")
     if command is None:
         raise FileNotFoundError("postconf is not there to ask")
@@ -2486,10 +2472,10 @@ def check_postfix() -> None:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
         lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        report("Postfix", str(error), "with Postfix, mend what it says; with Sendmail, see README, Sendmail")
+        report("Postfix", str(error), "with Postfix, correct what it says; with Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
-    # Columns of master.cf(5): chroot is the fifth ("-": no, since Postfix 3.0), the command the eighth.
+    # Columns of master.cf(5): the fifth is chroot ("-": no, since Postfix 3.0), the eighth the command.
     check_smtpd_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
     early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
     report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
@@ -2499,20 +2485,10 @@ def check_postfix() -> None:
         if kind.endswith("_upstream_proxy_protocol") or (
                 kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
             report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
-                   "allow it to addresses only that users of this host cannot have, on a port of its own")
+                   "allow it only to addresses that no user of this host can have, on a port of its own")
         if kind == "smtpd_proxy_filter":
             report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
                    "give local clients a listener with content_filter instead; see README, Content filters")
-
-
-def check_host() -> None:
-    """Look for what this host can have changed under the milter."""
-    if is_lost(socketname):
-        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
-    with contextlib.suppress(FileNotFoundError):
-        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
-            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
-                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
 def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
@@ -2521,11 +2497,10 @@ def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
     for name, value in settings.items():
         paths = re.findall(r"unix:([^\s,{}]+)", value) if name.split("/")[-1] == "smtpd_milters" else []
         ours = [path for path in paths if os.path.join(spool, path) == socketname]
-        if len(ours) > 1:
-            problem = "twice"
-        elif ours:
+        if ours:
             hidden = chrooted and ours[0].startswith("/")
             problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
+            problem = "twice" if len(ours) > 1 else problem
     mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
     line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
     report("Postfix: smtpd_milters names this socket", problem,
@@ -2540,25 +2515,23 @@ def may_be_local(hosts: str) -> bool:
                     for word in re.split(r"[\s,]+", hosts) if word]
     except ValueError:
         return True
-    own = own_addresses() | {ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")}
-    return any(network.is_loopback or address in network for network in networks for address in own)
+    return any(network.is_loopback or address in network for network in networks for address in own_addresses())
 
 
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Start as the milter does, and have it name another user and his program."""
     problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
-    useless = bool(problem)
-    if not useless:
+    if not problem:
         others = connection_made() if as_root else connections_found()
         container = container_made() if container_networks else None
         problem, way = prepare(user)
-        useless = isinstance(SysuserMilter.lookup, PsutilLookup)
+    useless = not isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup)
     report("users: the kernel (sock_diag)", problem, KERNEL_CURE, useless)
     if useless:
         return
     report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
            "" if cgroup_mount() is not None else "not mounted, all processes are searched",
-           "with thousands of processes, mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
+           "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
     check_programs(way, check_users(others, as_root))
     if container_networks:
         check_containers(container)
@@ -2576,22 +2549,17 @@ def check_containers(end: Optional[Endpoint]) -> None:
            "" if facts.get("uid") == 0 else facts.get("why", "wrong uid"), HELPER_CURE)
 
 
-OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
-
-
 def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
     """Find the owner of another user's connection; None if that fails."""
-    found = ""
+    what, owner = "users: another user's connection", None
     for client, server, uid in others:  # one that was found can end meanwhile
         began = time.perf_counter()
         owner = SysuserMilter.lookup.find_client_socket(client, server)
-        took = (time.perf_counter() - began) * 1e6
         if owner.uid == uid:
-            report(f"users: another user's connection, {took:.0f} us")
+            report(f"{what}, {(time.perf_counter() - began) * 1e6:.0f} us")
             return owner
-        found = "taken for another host's" if owner is REMOTE else owner.why or "wrong uid"
-    if found:
-        report("users: another user's connection", f"not found ({found})",
+    if owner:
+        report(what, f"not found ({owner.why or 'wrong uid'})",
                "run this again; in a unit or container, give it the host's network and users", fatal=as_root)
     else:
         report("users and programs of others", "not tried, no other user has a connection now",
@@ -2613,6 +2581,10 @@ def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
     if way != "the helper":
         lost = ("" if way else "root and ") + "clients that a NAT rule redirects stay unknown"
         report("programs: the helper", f"not there, {UNPRIVILEGED}; {lost}", HELPER_CURE)
+    with contextlib.suppress(FileNotFoundError):
+        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
+            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
+                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
 def connections_found() -> OtherUsers:
@@ -2672,53 +2644,40 @@ M_ARENA_MAX = -8  # malloc.h of glibc
 # linux/capability.h
 CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, LINUX_CAPABILITY_VERSION_3 = 2, 19, 0x20080522
 CAPS_TO_SEE_OTHERS = 1 << CAP_DAC_READ_SEARCH | 1 << CAP_SYS_PTRACE  # what their processes have open
+HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 UNPRIVILEGED = "without the privilege to see other users' processes"
 
 
 def set_capabilities(wanted: int) -> None:
     """Keep, of the capabilities this process has, only those of a mask; OSError."""
-    mask = wanted & capabilities()
+    mask = wanted & status_mask("CapPrm")
     header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
     # struct __user_cap_data_struct: effective, permitted, inheritable; then the same above 31
-    if LINUX and LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
+    if LIBC.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def capabilities() -> int:
-    """Give the permitted capabilities of this process as a mask; 0 where there are none to read."""
-    status = read_file("/proc/self/status") if LINUX else ""
-    match = re.search(r"^CapPrm:\s*([0-9a-f]+)", status, re.MULTILINE)
-    return int(match.group(1), 16) if match else 0
-
-
-def sees_others() -> bool:
-    """Tell whether this process may see what files other users' processes have open."""
-    return capabilities() & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
+def status_mask(field: str, of: str = "self") -> int:
+    """Read a mask of /proc/PID/status: CapPrm, permitted capabilities; SigBlk, blocked signals."""
+    match = re.search(rf"^{field}:\s*(\w+)", read_file(f"/proc/{of}/status"), re.MULTILINE)
+    return int(match[1], 16) if match else 0
 
 
 def become(user: Optional[pwd.struct_passwd]) -> None:
-    """Drop groups, gid and uid for good; None: stay. RuntimeError if there is a way back."""
+    """Drop groups, gid and uid for good; None: stay. OSError."""
     if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
         return
     os.setgroups([])
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
     os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
-    if os.getresuid() != (user.pw_uid,) * 3 or os.getresgid() != (user.pw_gid,) * 3:
-        raise RuntimeError("could not drop root for good")
-
-
-HANDED_OVER = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
 @functools.lru_cache(maxsize=1)  # it stays as it was at the start
-def handed_over() -> str:
-    """Give libmilter's name for the service manager's socket (sd_listen_fds(3)), or "".
-
-    ValueError if what it hands over is not one listening unix socket for this process.
-    """
+def handed_over() -> bool:
+    """Tell whether the service manager hands a socket over; ValueError if it cannot be used."""
     count, pid = os.environ.get("LISTEN_FDS"), os.environ.get("LISTEN_PID")
     if count is None and pid is None:
-        return ""
+        return False
     if pid != str(os.getpid()):
         raise ValueError(f"LISTEN_PID = {pid!r}: must be {os.getpid()}, this process, as the service manager sets it")
     if count != "1":
@@ -2726,23 +2685,8 @@ def handed_over() -> str:
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(HANDED_OVER)) as given:
         kind = given.family, given.type, given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if kind == (socket.AF_UNIX, socket.SOCK_STREAM, 1):
-            return f"fd:{HANDED_OVER}"
+            return True
     raise ValueError(f"descriptor {HANDED_OVER} of LISTEN_FDS: must be a unix stream socket that listens")
-
-
-def start_problem() -> str:
-    """Say why the milter cannot start here although its settings are well, or ""."""
-    problem = too_few_uids()
-    try:
-        if not problem and not handed_over() and os.path.lexists(socketname):
-            if is_served(socketname):
-                return f"another milter is already serving {socketname}"
-            os.unlink(socketname)
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        return f"{socketname}: {error}"
-    return problem
 
 
 def is_served(path: str) -> bool:
@@ -2756,18 +2700,18 @@ def is_served(path: str) -> bool:
 
 
 def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
-    """Choose how users and programs are looked up, fork the helper, and drop privilege for good.
+    """Choose the look-ups, fork the helper, drop privilege for good; OSError, RuntimeError.
 
-    Gives what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or,
-    for nobody, "". Raises OSError, RuntimeError if there is no way to start.
+    Give what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or "".
     """
     try:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
         raise RuntimeError(f"a connection to 127.0.0.1, to try sock_diag on: {error}") from error
-    helper = fork_helper(user) if sees_others() else None
+    sees_others = LINUX and status_mask("CapPrm") & CAPS_TO_SEE_OTHERS == CAPS_TO_SEE_OTHERS
+    helper = fork_helper(user) if sees_others else None
     become(user)
-    if user:  # None is to stay as started: psutil needs the privilege where there is no sock_diag
+    if user and LINUX:  # None is to stay as started: without sock_diag, psutil needs the privilege
         set_capabilities(0)
     by_lsof = helper is None and lsof_allowed()
     SysuserMilter.lookup, SysuserMilter.describer = lookup, Describer(helper, by_lsof)
@@ -2796,23 +2740,22 @@ def prepare_policy() -> None:
 
 def run() -> NoReturn:
     """Serve the MTA until told to stop."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has a heap of its own, and memory creeps up
-        LIBC.mallopt(M_ARENA_MAX, 1)
     # Threads begin in "prepare", and none may take these: the main thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    problem = start_problem()
-    try:
-        lack, way = ("", "") if problem else prepare(account_by_name(run_as_user))
-    except RuntimeError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"could not start as {run_as_user}: {error}"
+    doing, problem = socketname, too_few_uids()
     if problem:
-        say(ERROR, problem)
-        end(EX_FAILED)
+        end(EX_FAILED, problem)
+    try:
+        if not handed_over() and os.path.lexists(socketname):
+            if is_served(socketname):
+                end(EX_FAILED, f"another milter is already serving {socketname}")
+            os.unlink(socketname)
+        doing = f"could not start as {run_as_user}"
+        lack, way = prepare(account_by_name(run_as_user))
+    except OSError as error:
+        end(EX_FAILED, f"{doing}: {error}")
+    except (RuntimeError, ValueError) as error:
+        end(EX_FAILED, str(error))
     if lack:
         by_psutil = isinstance(SysuserMilter.lookup, PsutilLookup)
         say(WARNING, lack + (": psutil is used, which names the holder of a socket for its owner" if by_psutil else ""))
@@ -2822,63 +2765,86 @@ def run() -> NoReturn:
     prepare_policy()
     os.chdir("/")
     sys.excepthook = report_exception
+    serve_mta(ways)
+
+
+def serve_mta(ways: str) -> NoReturn:
+    """Serve sessions until a signal comes, and end as it says."""
     Milter.factory = SysuserMilter
     Milter.set_flags(Milter.ADDHDRS | Milter.CHGHDRS | Milter.QUARANTINE | Milter.SETSYMLIST)
-    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode goes on, unidentified
+    Milter.set_exception_policy(Milter.CONTINUE)  # what pymilter cannot decode is unidentified
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: signals.put(number))
     # libmilter waits for the same signals in a thread of its own. One that the main thread does not
-    # block goes to the main thread.
+    # block goes to the main thread, but see "takes_signals".
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        path, aside = listen(handed_over())
+        with tempfile.TemporaryDirectory() as directory:
+            path, aside = listen(f"{directory}/socket", signals)
     except (OSError, Milter.error) as error:
-        say(ERROR, f"{socketname}: {error}")
-        end(EX_FAILED)
+        end(EX_FAILED, f"{socketname}: {error}")
     SysuserMilter.path = path
-    threading.Thread(target=serve_mta, args=(path,), daemon=True).start()
-    announce(path, ways, bool(aside))
+    announce(path, ways)
     stop(path, aside, signals)
 
 
-def listen(given: str) -> tuple[str, tuple[int, ...]]:
-    """Open the socket, or take the one that is given; OSError, Milter.error.
+def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int, int]]:
+    """Have libmilter serve a socket that nobody can reach, then ours in its place; OSError, Milter.error.
 
-    Only Debian's libmilter takes a descriptor. Each makes a socket at a path, and accepts from what is
-    under that number: there the given one is put. Give the path, and, to undo this, a copy of
-    libmilter's own socket, which nobody can reach, and its number.
+    Only Debian's takes a descriptor; each accepts from what is under its socket's number. Give the
+    path of ours, and, to undo this, a copy of libmilter's own socket and its number.
     """
-    def bind(path: str) -> str:  # runmilter goes on with this socket
-        Milter.milter.register("milter_sysuser")
-        Milter.milter.setconn("unix:" + path)
-        Milter.milter.opensocket(False)
-        return path
-    if not given:
-        os.umask(0o177)  # the socket's mode, as bind(2) takes it
-        return bind(socketname), ()
-    with tempfile.TemporaryDirectory() as directory:
-        path, me = bind(f"{directory}/socket"), psutil.Process()
-        sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
-        number = next(one.fd for one in sockets("unix") if one.laddr == path)
+    Milter.milter.register("milter_sysuser")
+    Milter.milter.setconn("unix:" + hidden)
+    Milter.milter.opensocket(False)  # runmilter goes on with this socket
+    me = psutil.Process()
+    sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
+    number = next(one.fd for one in sockets("unix") if one.laddr == hidden)
     aside = os.dup(number), number
-    os.dup2(HANDED_OVER, number, inheritable=False)
-    with socket.socket(fileno=os.dup(HANDED_OVER)) as handed:
-        return handed.getsockname(), aside
+    thread = threading.Thread(target=run_libmilter, args=(hidden,), daemon=True)
+    thread.start()
+    signal.signal(signal.SIGURG, lambda *_: None)
+    while signals.empty() and not takes_signals():
+        time.sleep(0.005)
+    with socket.socket(fileno=os.dup(HANDED_OVER)) if handed_over() else socket.socket(socket.AF_UNIX) as ours:
+        if not handed_over():
+            os.umask(0o177)  # the socket's mode, as bind(2) takes it
+            ours.bind(socketname)
+            ours.listen(socket.SOMAXCONN)
+        os.dup2(ours.fileno(), number, inheritable=False)
+        # A signal ends its poll(2), which would go on with the hidden one, for 5 s. pthread_kill(3) of
+        # glibc blocks all signals meanwhile: one for us could go to libmilter's thread.
+        if hasattr(LIBC, "tgkill"):
+            LIBC.tgkill(os.getpid(), thread.native_id, signal.SIGURG)
+        return ours.getsockname(), aside
 
 
-def serve_mta(path: str) -> None:
+def run_libmilter(path: str) -> None:
     """Have libmilter serve sessions until it fails."""
     try:
         Milter.runmilter("milter_sysuser", "unix:" + path, timeout or LONGEST_TIMEOUT, rmsock=False)
     except Milter.error as error:
-        say(ERROR, f"{path}: {error}")
-        end(EX_FAILED)
+        end(EX_FAILED, f"{socketname}: {error}")
     os.kill(os.getpid(), signal.SIGHUP)  # libmilter has had a signal, and does not say which
 
 
-def announce(path: str, ways: str, given: bool) -> None:
+def takes_signals() -> bool:
+    """Tell whether libmilter's own thread waits for signals.
+
+    Just when it begins to, it may take one that is on its way to the main thread.
+    """
+    ours = {str(thread.native_id) for thread in threading.enumerate()}
+    with contextlib.suppress(OSError):  # a thread has ended
+        for thread in set(os.listdir("/proc/self/task")) - ours if LINUX else ():
+            if not status_mask("SigBlk", f"self/task/{thread}") & 1 << signal.SIGTERM - 1:
+                return True
+    return not LINUX
+
+
+def announce(path: str, ways: str) -> None:
     """Say that sessions can begin, to the service manager as well (sd_notify(3))."""
+    given = handed_over()
     say(INFO, f"listening on {f'fd:{HANDED_OVER}' if given else path}")
     if given and is_lost(path):
         say(WARNING, f"{path} is not the service manager's socket any more, and mail passes unseen: {SOCKET_CURE}")
@@ -2893,7 +2859,7 @@ def announce(path: str, ways: str, given: bool) -> None:
 
 
 def is_lost(path: str) -> bool:
-    """Tell whether somebody listens on a socket that was bound to a path, which leads elsewhere now."""
+    """Tell whether somebody listens on a socket whose path leads elsewhere now."""
     with contextlib.suppress(OSError):  # many wait there; or it cannot be told
         return sockets_at(path, "01") > is_served(path)
     return False
@@ -2909,7 +2875,7 @@ def sockets_at(path: str, *states: str) -> int:
     return 0
 
 
-def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> NoReturn:
+def stop(path: str, aside: tuple[int, int], signals: queue.SimpleQueue[int]) -> NoReturn:
     """Wait for a signal; take no new sessions, let those that are open end, and end.
 
     In a session that is cut off the MTA would go on without us. A second signal does that at once.
@@ -2918,15 +2884,15 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     threading.Timer(AGAIN_SECONDS, SysuserMilter.directory.end).start()
     SysuserMilter.path = ""
     deadline = time.monotonic() + STOP_SECONDS
-    if aside:  # new ones wait with the service manager
-        os.dup2(aside[0], aside[1], inheritable=False)
+    if handed_over():  # new ones wait with the service manager
+        os.dup2(*aside, inheritable=False)
     else:
         with contextlib.suppress(OSError):
             os.unlink(path)
     while left and len(told) == 1 and time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
             told.append(signals.get(timeout=0.03))  # also the time for an accept(2) that has begun
-        left = sockets_at(path, "03") if aside else sockets_at(path, "02", "03")
+        left = sockets_at(path, "03", "" if handed_over() else "02")
     if left:
         say(WARNING, f"{left} sessions are still open: the MTA goes on in them as where no milter is")
     restart = set(told) == {signal.SIGHUP}
@@ -2934,12 +2900,14 @@ def stop(path: str, aside: tuple[int, ...], signals: queue.SimpleQueue[int]) -> 
     end(EX_RESTART if restart else 0)
 
 
-def end(status: int) -> NoReturn:
-    """End at once: libmilter's own stop hangs under load (it destroys a mutex in use).
+def end(status: int, *problems: str) -> NoReturn:
+    """Log problems, and end at once: libmilter's own stop destroys a mutex in use, and hangs.
 
-    The MTA shall not wait on the service manager's socket until somebody mends a setting: nobody can
+    The MTA shall not wait on the service manager's socket until a setting is mended: nobody can
     connect to it any more, and who has connected is dropped, until there is nobody (OSError).
     """
+    for problem in problems:
+        say(ERROR, problem)
     with contextlib.suppress(ValueError, OSError):
         if status == EX_CONFIG and handed_over():
             given = socket.socket(fileno=HANDED_OVER)
@@ -2963,25 +2931,25 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()
-    number = os.open(os.devnull, os.O_RDWR)
-    while number < 3:  # one of these that was closed must not become a socket of ours
-        number = os.dup(number)
-    os.close(number)
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # one of these that was closed must not become a socket of ours
     log_target()  # now, while it may still be opened anew
     if MISSING:
-        sys.stderr.write(f"milter_sysuser: {MISSING}: install pymilter 1.0.5 or newer and psutil "
-                         "(Debian 12 or newer: python3-milter python3-psutil)\n")
-        end(EX_CONFIG)
+        end(EX_CONFIG, f"{MISSING}: install pymilter 1.0.5 or newer and psutil "
+                       "(Debian 12 or newer: python3-milter python3-psutil)")
     values = {name: globals()[name] for name in RULES}
     sources, problems = take_settings_file(values)
     problems += settings_problems(values, sources)
     globals().update(values)
     if arguments.check:
         return check(sources, problems)
-    for problem in problems:
-        say(ERROR, problem)
     if problems:
-        end(EX_CONFIG)
+        end(EX_CONFIG, *problems)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if hasattr(LIBC, "mallopt"):  # glibc: else each thread has its own heap, and memory creeps up
+        LIBC.mallopt(M_ARENA_MAX, 1)
     run()
 
 
