@@ -2492,11 +2492,14 @@ def check_postfix() -> None:
 
 
 def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
-    """Look whether smtpd_milters names this socket, once, and so that a chrooted smtpd finds it."""
+    """Look whether Postfix names this socket for both doors, once, and so that a chrooted smtpd finds it."""
     spool, problem = settings.get("queue_directory", "/"), "it does not"
+
+    def own_paths(milters: str) -> list[str]:
+        paths = re.findall(r"unix:([^\s,{}]+)", milters)
+        return [path for path in paths if os.path.join(spool, path) == socketname]
     for name, value in settings.items():
-        paths = re.findall(r"unix:([^\s,{}]+)", value) if name.split("/")[-1] == "smtpd_milters" else []
-        ours = [path for path in paths if os.path.join(spool, path) == socketname]
+        ours = own_paths(value) if name.split("/")[-1] == "smtpd_milters" else []
         if ours:
             hidden = chrooted and ours[0].startswith("/")
             problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
@@ -2506,6 +2509,9 @@ def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
     report("Postfix: smtpd_milters names this socket", problem,
            f"look whether smtpd_milter_maps does: {mapped}" if mapped else
            f"postconf -e '{line}', beside what is there now")
+    report("Postfix: non_smtpd_milters names this socket",
+           "" if own_paths(settings.get("non_smtpd_milters", "")) else "it does not, and mail of sendmail(1) passes",
+           "postconf -e 'non_smtpd_milters = $smtpd_milters', beside what is there now")
 
 
 def may_be_local(hosts: str) -> bool:

@@ -88,7 +88,7 @@ def test_as_root_all_is_well(check: Any, sees_others: None) -> None:
     """It makes a process of another user, and names it through the helper; each way has its time."""
     found = check()
     assert found.status == 0
-    assert [line[:4] for line in found.lines if line[0] != " " and "cgroup" not in line] == ["ok  "] * 7
+    assert [line[:4] for line in found.lines if line[0] != " " and "cgroup" not in line] == ["ok  "] * 8
     assert found.lines[0] == SETTINGS_WELL
     assert re.fullmatch(r"ok    users: another user's connection, \d+ us", found.line("users: another"))
     assert re.fullmatch(r"ok    programs: the helper, \d+ us: python3", found.line("programs: the helper"))
@@ -239,6 +239,16 @@ def test_postfix_is_asked_whether_it_uses_this_socket(main_cf: dict, smtpd: dict
     assert found.line("Postfix: smtpd_milters").startswith(state)
     if state == "warn":
         assert "smtpd_milters = { unix:private/milter.sock, default_action=accept }" in found.cure("Postfix: smtpd_milters")
+
+
+@pytest.mark.parametrize("milters, state", [
+    ("$smtpd_milters", "ok"), ("inet:127.0.0.1:8891, unix:private/milter.sock", "ok"), ("", "warn"), ("inet:127.0.0.1:8891", "warn")])
+def test_postfix_is_asked_whether_it_shows_the_milter_what_sendmail_1_sends(milters: str, state: str, check: Any) -> None:
+    """Else half of the door is open, and nothing says so."""
+    found = check({"smtpd_milters": "unix:private/milter.sock", "non_smtpd_milters": milters})
+    assert found.line("Postfix: non_smtpd_milters").startswith(state)
+    if state == "warn":
+        assert "postconf -e 'non_smtpd_milters = $smtpd_milters'" in found.cure("Postfix: non_smtpd_milters")
 
 
 def test_where_a_map_chooses_milters_no_setting_is_advised_against_it(check: Any) -> None:
