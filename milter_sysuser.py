@@ -653,7 +653,7 @@ def complain(text: str, *details: str, level: int = ERROR) -> bool:
     return True
 
 
-# --------------------------------------------------------------------- lookup: whose a connection is
+# -------------------------------------------------------------------- lookup: whose a connection is
 # linux/netlink.h, sock_diag.h, rtnetlink.h; net/flow.h
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 0x1, 0x300, 2, 3
 NETLINK_ROUTE, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 0, 4, 20
@@ -680,7 +680,7 @@ class KernelLookup:
     name = "sock_diag"
 
     def __init__(self, what_was_dialled: Callable[[Diag], Union[Endpoint, str]]) -> None:
-        """Open the sockets, for good; what_was_dialled: by a redirected client, or why not known."""
+        """Open the sockets; what_was_dialled: by a redirected client, or why that is not known."""
         self.what_was_dialled, self.lock, self.number = what_was_dialled, threading.Lock(), 0
         self.buffer = ctypes.create_string_buffer(32768)
         # Later there may be no descriptors left.
@@ -739,7 +739,7 @@ class KernelLookup:
 
     def find_on_any_device(self, source: Endpoint, destination: Endpoint) -> Optional[Diag]:
         """Look for one socket by both ends in the list; None if there is none, or several."""
-        # Of those with the same ends, bound to a device or not, "find" sees one, whatever its state.
+        # Of those with the same ends, bound to a device or not, "find" sees one, in any state.
         found = [diag for diag in self.dump(source.port, destination.port)
                  if (diag.source, diag.destination) == (source, destination)]
         return found[0] if len(found) == 1 else None
@@ -830,7 +830,7 @@ STATES_MASK = sum(1 << state for state in STATES)  # a message may be under way
 DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
 # struct inet_diag_msg: family, state, ports, addresses, device, cookie, bytes not read, uid, inode
 DIAG = struct.Struct("=BB2x2s2s16s16sIQ4xI4xII")
-TCP_INFO = struct.Struct("=128xQ64xQ")  # of struct tcp_info: bytes received (Linux 4.1), sent (4.19)
+TCP_INFO = struct.Struct("=128xQ64xQ")  # struct tcp_info: bytes received (Linux 4.1), sent (4.19)
 
 
 def diag_request(source: Endpoint, destination: Endpoint, interface: int) -> bytes:
@@ -1024,7 +1024,7 @@ def open_queue_file(queue_id: str, queue: str) -> int:
 
 
 def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Give type and data of a queue file's records in their order, up to one that is cut; ValueError."""
+    """Give type and data of a queue file's records in order, up to one that is cut; ValueError."""
     for _ in range(MOST_JUMPS):
         kind = data = b""
         while kind != b"p" or not int(data):  # which says where a milter's change stands
@@ -1095,7 +1095,7 @@ class Directory:
         return account._replace(name=None if gone else account.name, stale=True)
 
     def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
-        """Give NSS's answer (None: none yet), and whether it is to this state and not a minute old."""
+        """Give NSS's answer (None: none yet), and whether it is to this state, of this minute."""
         answers = self.answers.setdefault(function, {})
         patience = AGAIN_SECONDS if key in answers or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
@@ -1200,7 +1200,7 @@ def look_up_account(uid: int, last: Optional[Account]) -> Account:
         delegate = look_up_entry(delegates[0], None)
         account = said_by_subuid(uid) if delegate is None else account_of(uid, delegate, last)
     if last and last.name and (account.name is None or account.doubt):
-        if last.local:  # /etc/passwd shows that the account is gone, which does not unblock its groups
+        if last.local:  # the account is gone, which does not unblock its groups
             return account._replace(gids=last.gids)
         if delegates in ([], [last.name]):  # a directory may be down
             return last
@@ -1223,7 +1223,7 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
 
 
 def groups_of(name: str) -> set[int]:
-    """Ask NSS for a user's groups but his account's (os.getgrouplist keeps the interpreter's lock)."""
+    """Ask NSS for a user's groups but the first (os.getgrouplist keeps the interpreter's lock)."""
     gids, count = (ctypes.c_uint32 * NGROUPS_MAX)(), ctypes.c_int(NGROUPS_MAX)
     NSS.getgrouplist(os.fsencode(name), ctypes.c_uint32(NO_GID), gids, ctypes.byref(count))
     return set(gids[:count.value]) - {NO_GID}
@@ -1293,7 +1293,7 @@ class UserList:
         self.warned: set[str] = set()
 
     def now(self) -> Entries:
-        """Give the list as it is now; uids and names count at once, groups when NSS has answered."""
+        """Give the list as it is now; uids and names count at once, groups when NSS answers."""
         with self.lock:  # under which NSS is not asked
             if self.path:
                 self._reread(self.path)
@@ -1377,7 +1377,7 @@ def look_up_entry(entry: str, last: Optional[int]) -> Optional[int]:
     account = account_by_name(entry)
     if account is None and last is not None:
         with contextlib.suppress(KeyError):  # nobody has that uid
-            return last if pwd.getpwuid(last).pw_name == entry else None  # or it is somebody else's now
+            return last if pwd.getpwuid(last).pw_name == entry else None  # else somebody else's
     return account.pw_uid if account else last
 
 
@@ -1395,7 +1395,7 @@ def is_unsaid(account: Account, entries: Entries) -> bool:
 
 
 def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = None) -> Optional[Verdict]:
-    """Refuse a user whom the lists do not let send, for now if NSS has not said all; None: they do."""
+    """Refuse a user whom the lists do not let send, for now if NSS has not said all; or None."""
     reason = "blocked"
     if not is_listed(account, blocked):
         if allowed is None or is_listed(account, allowed):
@@ -1410,7 +1410,7 @@ def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = 
 
 ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
                        (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
-# A line of the file: an entry in quotes or not, then a comment; "#" between two letters begins none.
+# A line of the file: an entry, in quotes or not; a comment, which no "#" between letters begins.
 LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
 MOST_FILE_BYTES = 1 << 20  # of a list of users
 
@@ -1524,7 +1524,7 @@ def passed() -> Verdict:
 
 
 def unidentified(why: str, accept: str = "accept") -> Verdict:
-    """Do what unidentified_action says ("accept": as told); refuse for now where the fault is ours."""
+    """Do what unidentified_action says ("accept": as told); for now, where the fault is ours."""
     action = accept if unidentified_action == "accept" else unidentified_action
     if action == "accept":
         return passed()
@@ -1594,7 +1594,7 @@ class Describer:
             if not self.lock.acquire(timeout=HELPER_SECONDS):
                 return {"why": "busy"}
         try:
-            # Whoever asked before gave up too early for this answer, which may come until it is overdue.
+            # Whoever asked before has given up; his answer may come until it is overdue.
             channel, overdue = helper.channel, min(deadline, self.owed_until)
             if self.owed_until and self._receive(channel, overdue) is None:
                 return {"why": "timeout"}
@@ -1644,7 +1644,7 @@ class Describer:
                     processes[pid] = psutil.Process(pid)
         if not processes:  # an empty list would mean every process
             return {"why": "not-found"}
-        if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another holder may be among those left out
+        if owner.uid == 0 and len(processes) > LSOF_PIDS:  # another may be among those left out
             return {"why": "busy"}
         command = lsof_command + lsof_arguments(list(processes)[:LSOF_PIDS])
         deadline, pipe, null = time.monotonic() + LSOF_SECONDS, subprocess.PIPE, subprocess.DEVNULL
@@ -1786,14 +1786,14 @@ class Finder:
         return {"why": "gone"}
 
     def read_holder(self, pid: int, link: str) -> Facts:
-        """Say what the process is that has the socket behind a link; OSError if it has it no more."""
+        """Say what process has the socket behind a link; OSError if it has it no more."""
         # What is read here is of one process, even if its number is given to another now.
         with closing(os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)) as directory:
             if os.readlink(link, dir_fd=directory) != self.target:
                 raise FileNotFoundError
             holder_uid = os.fstat(directory).st_uid  # of one that has ended this is 0; what follows then fails
             facts = read_process(directory, self.wanted, link.rpartition("fd/")[0])
-            if self.uid == 0:  # all its uids must be root's, and nobody else may have the socket, too
+            if self.uid == 0:  # all its uids must be root's, and nobody else may have the socket
                 holder_uid = highest_uid("status", directory) or self.find_other_holder()
             return {"pid": pid, **facts, "holder_uid": holder_uid}
 
@@ -1805,7 +1805,7 @@ class Finder:
             return original_destination(copy)
 
     def find_in_containers(self, ends: bytes) -> Facts:
-        """Give uid, inode and cgroup of a container's socket; {"why": word} if that is not known."""
+        """Give uid, inode and cgroup of a container's socket; else {"why": word}."""
         found, cgroup = self.namespaces.find(ends[:18], ends[18:]), 0
         if found is None:
             return {"why": "container"}
@@ -1869,7 +1869,7 @@ class Finder:
         return 0
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
-        """Give the link to the socket, which a place is or a table has; None: there is none. OSError."""
+        """Give the link to the socket, which a place is or a table has, or None; OSError."""
         # A process that has ended has none. What else goes wrong must not hide a holder.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if not place.endswith("fd"):
@@ -2063,7 +2063,7 @@ def read_lsof(lsof: subprocess.Popen[bytes], owner: ClientSocket, processes: dic
     except subprocess.TimeoutExpired:
         by_sudo = os.path.basename(lsof_command[0]) == "sudo"
         with contextlib.suppress(PermissionError):
-            # sudo passes TERM on; killed, it would leave lsof running. Others start with TERM blocked.
+            # sudo passes TERM on; killed, it leaves lsof running. Others start with TERM blocked.
             lsof.send_signal(signal.SIGTERM if by_sudo else signal.SIGKILL)
         return {"why": "timeout"}
     holders = [pid for pid in lsof_holders(output, owner.inode) if pid in processes]
@@ -2211,7 +2211,7 @@ class Namespaces:
 
 
 def namespace_that_counts(pid: int) -> int:
-    """Give a process's network namespace; 0 if its user namespace is not of root's making; OSError."""
+    """Give a process's network namespace; 0 if root did not make its user namespace; OSError."""
     with open(f"/proc/{pid}/ns/net", "rb", buffering=0) as network, \
             open(fcntl.ioctl(network, NS_GET_USERNS), "rb", buffering=0) as users:
         made_by_root = fcntl.ioctl(users, NS_GET_OWNER_UID, bytes(4)) == bytes(4)
@@ -2544,7 +2544,7 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
 
 
 def check_containers(end: Optional[Endpoint]) -> None:
-    """Look whether the helper finds a connection in another network namespace; None: there is none."""
+    """Look whether the helper finds a connection in another namespace; None: there is none."""
     if end is None:
         report("containers", "not tried, no network namespace can be made here", HELPER_CURE)
         return
@@ -2613,7 +2613,7 @@ def connection_made() -> OtherUsers:
     try:
         subprocess.Popen([sys.executable, "-Ic", code], stdin=null, stderr=null, cwd="/",
                          user=user.pw_uid, group=user.pw_gid, extra_groups=[])
-        accepted, client = listener.accept()  # one that is not accepted is nobody's, see client_socket
+        accepted, client = listener.accept()  # before, it is nobody's, see client_socket
     except OSError:
         return []
     accepted.detach()
