@@ -2811,7 +2811,8 @@ def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int
     thread = threading.Thread(target=run_libmilter, args=(hidden,), daemon=True)
     thread.start()
     signal.signal(signal.SIGURG, lambda *_: None)
-    while signals.empty() and not takes_signals():
+    latest = time.monotonic() + 5  # to serve, whatever is seen of libmilter's thread
+    while signals.empty() and not takes_signals() and time.monotonic() < latest:
         time.sleep(0.005)
     with socket.socket(fileno=os.dup(HANDED_OVER)) if handed_over() else socket.socket(socket.AF_UNIX) as ours:
         if not handed_over():
