@@ -1820,13 +1820,21 @@ class Finder:
         return {"uid": uid, "inode": inode, "cgroup": cgroup}
 
     def find_holder(self) -> Optional[tuple[int, str]]:
-        """Find a process that has the socket, and the link below its directory, or None."""
-        recent = self.recent.get(self.uid, [])
+        """Find a process that has the socket, and the link below its directory, or None.
+
+        PermissionError if it is not found where this may look, and there is more.
+        """
+        recent, denied = self.recent.get(self.uid, []), None
         for pid, place in self.likely_places(recent):
-            link = self.link_to_target(pid, place)
+            try:
+                link = self.link_to_target(pid, place)
+            except PermissionError as error:
+                denied, link = error, None
             if link:
                 remember(self.recent, self.uid, list(dict.fromkeys([(pid, link), *recent]))[:8])
                 return pid, link
+        if denied:
+            raise denied
         return None
 
     def likely_places(self, recent: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -1870,10 +1878,12 @@ class Finder:
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
         """Give the link to the socket, which a place is or a table has, or None; OSError."""
+        if not place.endswith("fd"):
+            with contextlib.suppress(OSError):  # there is none now, or none to be seen
+                return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
+            return None
         # A process that has ended has none. What else goes wrong must not hide a holder.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if not place.endswith("fd"):
-                return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
             with closing(os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)) as directory:
                 if os.fstat(directory).st_size > self.links:  # how many there are, since Linux 6.2
                     raise BusyError
