@@ -1869,11 +1869,12 @@ class Finder:
         """Give a uid other than root's that has it, too, in its cgroup or, without that, anywhere; 0: none."""
         for pid in cgroup_pids(self.cgroups, self.cgroup) or psutil.pids():
             self.charge(1)
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-                # A setuid program has its real uid in status alone.
+            try:  # a setuid program has its real uid in status alone
                 uid = os.stat(f"/proc/{pid}").st_uid or highest_uid(f"/proc/{pid}/status")
-                if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
-                    return uid
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+            if uid and any(self.link_to_target(pid, table) for table in ["fd", *thread_tables(pid)]):
+                return uid
         return 0
 
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
@@ -1916,8 +1917,10 @@ def closing(descriptor: int) -> Iterator[int]:
 
 def highest_uid(path: str, directory: Optional[int] = None) -> int:
     """Give the highest of real, effective and saved uid in /proc/PID/status; OSError."""
-    (uids,) = re.findall(r"(?m)^Uid:((?:\t\d+){3})", read_file(path, directory))
-    return max(map(int, uids.split()))
+    uids = re.search(r"\nUid:\t(\d+)\t(\d+)\t(\d+)", read_file(path, directory))
+    if uids is None:
+        raise FileNotFoundError
+    return max(map(int, uids.groups()))
 
 
 # asm/unistd_64.h, asm-generic/unistd.h; linux/kcmp.h
