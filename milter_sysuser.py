@@ -194,7 +194,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         self.owner = unknown("error")
         self.submitted = False  # whether the message is from sendmail(1), or the MTA's own
         self.confirmed = False
-        self.shaken = False  # whether a rival has ended since the owner was looked up
+        self.shaken = 0  # how many rivals have ended
+        self.settled = 0  # how many had when the MTA's end was looked at
         self.facts: Facts = {"why": "error"}  # of the process
         self.account: Optional[Account] = None  # the owner as NSS had him at the first recipient
         self.sender, self.recipients, self.queue_id = "", 0, None
@@ -263,6 +264,8 @@ class SysuserMilter(Base):  # type: ignore[misc]
         """Begin a message, forget the last; confirm the owner for a client that said no EHLO."""
         self.sender, self.recipients, self.queue_id = sender, 0, None
         self.headers, self.forged, self.refused, self.account = 0, [], None, None
+        if self.submitted:
+            self.owner = REMOTE  # until the message is complete
         return self.hello(sender)
 
     # The MTA waits for the answer to a recipient, a header and a command that it does not know. Did it
@@ -338,7 +341,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             cookie = self.owner.mta_end.cookie
             others = [session for session in self.claims.get(cookie, []) if session is not self]
             for rival in others:
-                rival.shaken |= not (self.queue_id and rival.queue_id == self.queue_id)
+                rival.shaken += not (self.queue_id and rival.queue_id == self.queue_id)
             self.claims[cookie] = others  # only now: "confirm" looks here, and then at "shaken"
             if not others:
                 del self.claims[cookie]
@@ -354,16 +357,17 @@ class SysuserMilter(Base):  # type: ignore[misc]
         has announced that, too. Then two sessions, rivals, claim one end, and what was read before
         proves nothing for either.
         """
-        rivals = self.rivals()
-        if self.confirmed and not rivals and not self.shaken:
+        if self.confirmed and not self.rivals() and self.settled == self.shaken:
             return ""
-        self.confirmed = False
+        self.confirmed, shaken = False, self.shaken
         before, now = self.owner.mta_end, self.lookup.look_again(self.owner.mta_end)
         if now is None or now.cookie != before.cookie:
             return "reused" if now else "closed"
-        if self.shaken and not rivals:
-            self.owner, self.shaken = self.owner._replace(mta_end=now), False
-        elif not rivals and now.read > before.read:
+        if self.rivals():  # asked after the look: what was read by then had been announced before
+            return "reused"
+        if self.settled != shaken:
+            self.owner, self.settled = self.owner._replace(mta_end=now), shaken
+        elif self.shaken == shaken and now.read > before.read:
             self.confirmed = True
             return ""
         return "reused"
@@ -415,7 +419,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return self.refused
         if self.owner is REMOTE:
             return Verdict("pass")
-        blocked, *allowed = [users.entries if by_memory else users.now()
+        blocked, *allowed = [users.made[1] if by_memory else users.now()
                              for users in (self.blocked, self.allowed) if users]
         suspects = (sender.account,) if sender.account else (sender.maybe, sender.holder)
         for suspect in filter(None, suspects):
@@ -1094,7 +1098,8 @@ class Directory:
         gone = account.local and account.name not in local_file("/etc/passwd")[1].get(account.uid, {})
         return account._replace(name=None if gone else account.name, stale=True)
 
-    def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any) -> tuple[Any, bool]:
+    def ask(self, function: Callable[[Any, Any], Any], key: Any, state: Any,
+            in_session: bool = True) -> tuple[Any, bool]:
         """Give NSS's answer (None: none yet), and whether it is to this state, of this minute."""
         answers = self.answers.setdefault(function, {})
         patience = AGAIN_SECONDS if key in answers or self.ending else FIRST_SECONDS
@@ -1105,7 +1110,8 @@ class Directory:
             if is_current or last:
                 break
             asked_at, answered = self.begin(function, key, state)
-            make_room()
+            if in_session:
+                make_room()
             if not answered.wait(max(0.0, min(until, asked_at + patience) - time.monotonic())):
                 break
         return value, is_current
@@ -1142,13 +1148,19 @@ class Directory:
                 answered.set()
 
 
-LACKING: set[str] = set()  # what NSS had, and lacks now although no file of accounts says so
+LACKING: dict[str, float] = {}  # what NSS had, and does not find although no file says so; and when
 
 
 def note_lack(what: str, lacks: bool) -> None:
-    """Note whether NSS lacks something; log when it begins to, and when it has all again."""
-    lacked = bool(LACKING)
-    (LACKING.add if lacks else LACKING.discard)(what)
+    """Note whether NSS lacks something; log when it begins to, and when it has all again.
+
+    What was not asked for in the last two minutes is forgotten.
+    """
+    lacked, now = bool(LACKING), time.monotonic()
+    LACKING[what] = now
+    for other, noted_at in list(LACKING.items()):
+        if now - noted_at > 2 * REFRESH_SECONDS or (other == what and not lacks):
+            LACKING.pop(other, None)
     if lacked != bool(LACKING):
         say(WARNING, "the directory service (NSS) " + (
             f"lacks what it had ({quote(what)}): whoever was in a group stays in it, and nobody is refused for good "
@@ -1199,11 +1211,12 @@ def look_up_account(uid: int, last: Optional[Account]) -> Account:
     if delegates:
         delegate = look_up_entry(delegates[0], None)
         account = said_by_subuid(uid) if delegate is None else account_of(uid, delegate, last)
-    if last and last.name and (account.name is None or account.doubt):
-        if last.local:  # the account is gone, which does not unblock its groups
-            return account._replace(gids=last.gids)
-        if delegates in ([], [last.name]):  # a directory may be down
-            return last
+    if last is None or (account.name and not account.doubt):
+        return account
+    if last.local:  # the account is gone, which does not unblock its groups
+        return account._replace(gids=last.gids, local=True)
+    if last.name and delegates in ([], [last.name]):  # a directory may be down
+        return last
     return account
 
 
@@ -1217,8 +1230,10 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
     names = {**local_names, entry.pw_name: entry.pw_gid}
     said = {gid for name in names for gid in groups_of(name)}
     gids = said | set(names.values())
-    lost = last.gids - gids if last and last.uid == uid else frozenset()
-    gids |= kept_groups(entry.pw_name, lost, not said <= local_file("/etc/group")[1].keys())
+    is_same = last and last.uid == uid and last.name in names
+    local_groups = local_file("/etc/group")[1].keys()  # which show who is in them
+    lost = last.gids - gids - local_groups if last and is_same else frozenset()
+    gids |= kept_groups(entry.pw_name, lost, not said <= local_groups)
     return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True, local=entry.pw_name in local_names)
 
 
@@ -1287,9 +1302,9 @@ class UserList:
                  path: Optional[str] = None) -> None:
         self.directory, self.setting, self.path = directory, setting, path
         self.fixed = [str(unquoted(entry)) for entry in entries]
-        self.listed, self.entries = self.fixed, Entries()
+        self.listed = self.fixed
         self.lock, self.file_state, self.problem = threading.Lock(), None, ""
-        self.made_of: Any = None
+        self.made: tuple[Any, Entries] = None, Entries()  # of what, and the list
         self.warned: set[str] = set()
 
     def now(self) -> Entries:
@@ -1298,13 +1313,14 @@ class UserList:
             if self.path:
                 self._reread(self.path)
             listed = self.listed
-        if not listed:
-            return Entries()
-        numbers, _ = self.directory.ask(self.look_up, None, (state_of_files(), listed))
-        if self.made_of != (listed, numbers):
-            self.entries = make_entries(listed, numbers or {})
-            self.made_of = listed, numbers
-        return self.entries
+        numbers = None
+        if listed:
+            numbers, _ = self.directory.ask(self.look_up, None, (state_of_files(), listed))
+        made_of, entries = self.made
+        if made_of != (listed, numbers):
+            entries = make_entries(listed, numbers or {})
+            self.made = (listed, numbers), entries
+        return entries
 
     def look_up(self, key: None, last: Any) -> dict[str, Optional[int]]:
         """Find the uid or gid of each name that is listed; None if it has none."""
@@ -1314,14 +1330,12 @@ class UserList:
                 path = "/etc/group" if entry.startswith("@") else "/etc/passwd"
                 numbers[entry] = local_file(path)[0].get(entry.lstrip("@"))
         others = [entry for entry, number in numbers.items() if number is None]
-        for entry in others:  # all before the first is waited for
+        for entry in others[:MOST_QUESTIONS // 2]:  # before the first is waited for; the rest is senders'
             self.directory.begin(look_up_entry, entry, state)
         for entry in others:
-            numbers[entry], answered = self.directory.ask(look_up_entry, entry, state)
-            if answered and numbers[entry] is None:
+            numbers[entry], is_current = self.directory.ask(look_up_entry, entry, state, in_session=False)
+            if is_current and numbers[entry] is None:
                 self.warn(entry, "is not found; it is looked for again every minute")
-        if last is None:
-            self.directory.ask(self.warn_of_doubles, None, state)
         return numbers
 
     def warn(self, entry: str, what: str) -> None:
@@ -1348,7 +1362,7 @@ class UserList:
         except (OSError, ValueError) as error:
             problem, state = str(error), state if isinstance(error, ValueError) else None
             if problem != self.problem:
-                what = "the last good list stays in force" if self.made_of else "cannot be read"
+                what = "the last good list stays in force" if self.made[0] else "cannot be read"
                 say(ERROR, f"{self.setting}_file: {what}: {quote(problem)}")
         # A file written in this very moment may change again without its time stamp telling.
         rested = state and abs(time.time() - state[-1] / 1e9) > 1
@@ -1478,11 +1492,17 @@ class Limits:
     def __init__(self, hourly: dict[Any, Optional[int]], daily: dict[Any, Optional[int]]) -> None:
         self.limits, self.lock = {60: dict(hourly), 3600: dict(daily)}, threading.Lock()
         self.counts: dict[tuple[int, int], dict[int, int]] = {}  # by uid and step
-        for limits in self.limits.values():
-            for name in [key for key in limits if key != "*"]:
+
+    def look_up(self, key: None, last: None) -> None:
+        """Ask NSS for the uids of names, as one uid can have several; say which nobody has."""
+        for setting, limits in zip(("hourly_limits", "daily_limits"), self.limits.values()):
+            for name in [name for name in limits if isinstance(name, str) and name != "*"]:
                 entry = account_by_name(name)
                 if entry:
                     limits[entry.pw_uid] = limits[name]
+                else:
+                    say(WARNING, f"{setting}: {quote(name)} is not found: mend the name, or start again when "
+                                 "there is that user")
 
     def used(self, uid: int, step: int) -> int:
         """Count what a uid addressed in this step and the period before: none is missed."""
@@ -1578,7 +1598,7 @@ class Describer:
         facts = self._ask_helper(WHAT_WAS_DIALLED, mta_end.uid, mta_end.inode, mta_end.cgroup)
         if "address" in facts:
             return endpoint(facts["address"], facts["port"])
-        return str(facts["why"]) if facts.get("why") in ("busy", "timeout") else "redirected"
+        return str(facts["why"]) if facts.get("why") in ("busy", "timeout", "no-helper") else "redirected"
 
     def find_in_containers(self, client: Endpoint, server: Endpoint) -> Facts:
         """Say whose a container's socket is, by both ends: uid, inode and cgroup."""
@@ -1862,6 +1882,7 @@ class Finder:
             for places in filter(None, (links, ["fd"])):
                 yield from ((pid, place) for pid in new if is_own(pid) for place in places)
         for pid in filter(own.get, own):
+            self.charge(1)
             yield from ((pid, table) for table in thread_tables(pid))
         yield from ((pid, "fd") for pid in own if not own[pid])
 
@@ -2743,15 +2764,14 @@ def prepare_policy() -> None:
     milter, directory = SysuserMilter, Directory()
     milter.directory, milter.limits = directory, Limits(hourly_limits, daily_limits)
     milter.blocked = UserList(directory, "blocked_mailusers", blocked_mailusers, blocked_mailusers_file)
-    milter.blocked.now()
     if allowed_mailusers is not None:
         milter.allowed = UserList(directory, "allowed_mailusers", allowed_mailusers)
-        milter.allowed.now()
+    directory.ask(milter.limits.look_up, None, None)
+    for users in filter(None, (milter.blocked, milter.allowed)):
+        users.now()
+        directory.ask(users.warn_of_doubles, None, None)
     if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
-    for setting in "hourly_limits", "daily_limits":
-        for name in not_found(globals()[setting]):
-            say(WARNING, f"{setting}: {name} is not found: mend the name, or start again when there is that user")
     limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
@@ -2799,7 +2819,8 @@ def serve_mta(ways: str) -> NoReturn:
     # block goes to the main thread, but see "takes_signals".
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        with tempfile.TemporaryDirectory() as directory:
+        beside = None if handed_over() or len(socketname) > 80 else os.path.dirname(socketname)
+        with tempfile.TemporaryDirectory(dir=beside) as directory:
             path, aside = listen(f"{directory}/socket", signals)
     except (OSError, Milter.error) as error:
         end(EX_FAILED, f"{socketname}: {error}")
@@ -2819,7 +2840,9 @@ def listen(hidden: str, signals: queue.SimpleQueue[int]) -> tuple[str, tuple[int
     Milter.milter.opensocket(False)  # runmilter goes on with this socket
     me = psutil.Process()
     sockets = getattr(me, "net_connections", None) or me.connections  # before psutil 6.0
-    number = next(one.fd for one in sockets("unix") if one.laddr == hidden)
+    number = next((one.fd for one in sockets("unix") if one.laddr == hidden), -1)
+    if number < 0:
+        raise OSError(errno.EBADF, "libmilter's socket is not found")
     aside = os.dup(number), number
     thread = threading.Thread(target=run_libmilter, args=(hidden,), daemon=True)
     thread.start()

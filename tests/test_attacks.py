@@ -959,6 +959,38 @@ def test_a_socket_that_closed_between_finding_and_describing_is_gone(root: None,
     assert finder.answer(script.WHO_HAS, os.geteuid(), inode, 0) == {"why": "not-found"}
 
 
+class Announced:
+    """A look at the kernel during which another session announces the same end of the MTA's."""
+
+    def __init__(self, milter: Any, read: int) -> None:
+        self.milter, self.read = milter, read
+
+    def look_again(self, mta_end: Any) -> Any:
+        """Have the rival come, and let more have been read."""
+        self.milter.claims[mta_end.cookie].append(self.rival)
+        return mta_end._replace(read=self.read)
+
+
+@pytest.mark.parametrize("how", ["stays", "comes and goes"])
+def test_a_rival_who_comes_during_the_look_is_seen(how: str, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read by then may be his: it proves nothing."""
+    monkeypatch.setattr(script, "RIVAL_SECONDS", 0.0)
+    monkeypatch.setattr(script.SysuserMilter, "claims", {})
+    end = script.Endpoint(b"\x7f\0\0\1", 25)
+    diag = script.Diag(*(end if kind == "Endpoint" else 1 for kind in script.Diag.__annotations__.values()))
+    one, rival = script.SysuserMilter(), script.SysuserMilter()
+    for session in one, rival:
+        session.owner = script.ClientSocket(1001, "", 1)._replace(mta_end=diag)
+    one.claims[diag.cookie] = [one]
+    look = Announced(one, diag.read + 20)
+    look.rival = rival
+    monkeypatch.setattr(script.SysuserMilter, "lookup", look, raising=False)
+    if how == "comes and goes":
+        first = look.look_again
+        look.look_again = lambda mta_end: (first(mta_end), rival.close())[0]
+    assert one.confirm() == "reused" and not one.confirmed
+
+
 @pytest.mark.parametrize("path", ["fd", "task"])
 @pytest.mark.parametrize("refusal, why", [(errno.ENFILE, "gone"), (errno.EACCES, "not-permitted")], ids=["for want of files", "by a rule"])
 def test_a_holder_who_cannot_be_looked_at_is_not_overlooked(

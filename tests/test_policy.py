@@ -1358,6 +1358,73 @@ def test_who_gets_a_deleted_users_uid_is_named_with_the_next_message(gone: int, 
     assert not milter.lines("user=mst-gone")[1:]
 
 
+def test_who_leaves_a_group_of_the_host_is_free_and_so_is_his_heir(gone: int, make_milter: Callable) -> None:
+    """Although it names nobody then: /etc/group shows who is in it, and never fails."""
+    milter = make_milter(blocked_mailusers=["@mst-later"], allowed_mailusers=["mst-gone"]).start()
+    try:
+        system("groupadd", "mst-later")
+        system("usermod", "--append", "--groups", "mst-later", "mst-gone")
+        assert send(milter, gone) == refused("mst-gone")
+        system("gpasswd", "--delete", "mst-gone", "mst-later")
+        assert send(milter, gone).startswith("user=mst-gone ")
+        system("usermod", "--append", "--groups", "mst-later", "mst-gone")
+        assert send(milter, gone) == refused("mst-gone")
+        mta.remove_user("mst-gone")
+        system("useradd", "--no-create-home", "--uid", str(gone), "mst-heir")
+        assert send(milter, gone) == refused("mst-heir")  # who is not allowed, for good
+        assert "action=reject reason=not-allowed" in milter.wait_lines("user=mst-heir")[0]
+        assert not milter.lines("lacks what it had")
+    finally:
+        subprocess.run(["groupdel", "mst-later"], check=False, capture_output=True, env={"PATH": mta.SYSTEM_PATH})
+
+
+def test_what_nss_lacks_is_forgotten_when_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that was taken out of the list, and a user who does not send again, are no failing directory."""
+    now, said = types.SimpleNamespace(time=1000.0), []
+    monkeypatch.setattr(ms.time, "monotonic", lambda: now.time)
+    monkeypatch.setattr(ms, "say", lambda level, text: said.append(text))
+    monkeypatch.setattr(ms, "LACKING", {})
+    ms.note_lack("@gone", True)
+    ms.note_lack("groups of alice", False)
+    assert ms.LACKING and len(said) == 1 and "lacks what it had (@gone)" in said[0]
+    now.time += 2 * ms.REFRESH_SECONDS + 1
+    ms.note_lack("groups of alice", False)
+    assert not ms.LACKING and said[1].endswith("has again what it had")
+
+
+def test_a_long_list_of_a_directorys_names_leaves_room_for_senders(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone new is asked for while hundreds of names are looked up."""
+    monkeypatch.setattr(ms.pwd, "getpwnam", lambda name: time.sleep(0.05) or nobody(name))
+    monkeypatch.setattr(ms, "say", lambda *words: None)
+    directory = ms.Directory()
+    users = ms.UserList(directory, "blocked_mailusers", [f"mst-{n}" for n in range(300)])
+    threading.Thread(target=users.now, daemon=True).start()
+    mta.wait_for(lambda: len(directory.asked) > 20, what="the list's questions")
+    assert directory.account(0).name == "root"
+
+
+def nobody(key: Any) -> Any:
+    """Find nothing, as pwd does where a directory has nothing."""
+    raise KeyError(key)
+
+
+def test_two_sessions_that_find_a_new_list_both_get_it(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it stays: the one that is slower does not leave the older one behind."""
+    users = ms.UserList(ms.Directory(), "blocked_mailusers", ["1001"])
+    users.now()
+    make, held = ms.make_entries, threading.Event()
+    monkeypatch.setattr(ms, "make_entries", lambda listed, numbers: (
+        make(listed, numbers) if "1002" in listed else held.wait(10) and make(listed, numbers)))
+    users.listed = ["1003"]
+    slow = threading.Thread(target=users.now)
+    slow.start()
+    users.listed = ["1001", "1002"]
+    assert users.now().uids == {1001, 1002}
+    held.set()
+    slow.join()
+    assert users.now().uids == {1001, 1002}
+
+
 def test_a_listed_group_that_is_made_later_is_refused_with_the_next_message(gone: int, make_milter: Callable) -> None:
     """Also if it is made anew with another gid."""
     milter = make_milter(blocked_mailusers=["@mst-later"]).start()

@@ -410,7 +410,7 @@ def test_a_user_who_is_not_found_keeps_his_groups(monkeypatch: pytest.MonkeyPatc
     """And his name, unless that was in /etc/passwd, which shows that it is gone."""
     monkeypatch.setattr(ms.pwd, "getpwuid", nobody)
     assert ms.look_up_account(700001, ALICE) == ALICE
-    assert ms.look_up_account(700001, ALICE._replace(local=True)) == ms.Account(700001, 700001, None, ALICE.gids, True)
+    assert ms.look_up_account(700001, ALICE._replace(local=True)) == ms.Account(700001, 700001, None, ALICE.gids, True, local=True)
 
 
 def test_an_account_has_all_its_groups() -> None:
