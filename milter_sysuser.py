@@ -1066,7 +1066,7 @@ class Account(NamedTuple):
 
 
 NOT_ASKED = float("-inf"), threading.Event()  # when a question was put, and the event of its answer
-NOT_ANSWERED = None, 0.0, None  # what NSS said, when it was asked, the state of the files then
+NOT_ANSWERED = None, float("-inf"), None  # what NSS said, when it was asked, the state of the files then
 
 
 class Directory:
