@@ -368,6 +368,7 @@ def test_told_to_end_it_serves_its_sessions_first(number: signal.Signals, status
         wires = clients.wires(milter)
         wire = next(wires)
         silent.connect(milter.socketname)
+        mta.wait_for(lambda: not waiting(milter.socketname), what="its being accepted")
         milter.process.send_signal(number)
         if handed_over:
             mta.wait_for(lambda: milter.accepts() and waiting(milter.socketname), what="a connection that is left")
