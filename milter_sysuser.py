@@ -1734,6 +1734,7 @@ SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
 # What a payer may take of the helper's processor time: this share, so many seconds of it ahead. So
 # much of each question is free: if Postfix's hundred sessions all take it, the last waits 0.2 s.
 SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.002
+ROOT_FREE_SECONDS = 0.006  # for which each process in its cgroup is looked at
 ARGS_SECONDS, FACT_BYTES = 0.05, 512  # to read a command line, which may hang; of each fact
 
 
@@ -1766,6 +1767,7 @@ class Finder:
         # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
         # pays in that one only. For containers their namespaces pay; new ones as one.
         payer: Any = (uid, cgroup)
+        free = FREE_SECONDS if uid or kind == WHOSE_IN_CONTAINERS else ROOT_FREE_SECONDS
         if kind == WHOSE_IN_CONTAINERS:
             payer = tuple(self.namespaces.places.get(ends[:16], ()))
         elif uid:
@@ -1789,8 +1791,8 @@ class Finder:
             cost = time.process_time() - began
             if "args" in self.wanted and time.monotonic() - now > cost + ARGS_SECONDS:
                 cost += ARGS_SECONDS  # others have waited for a command line that hangs
-            if cost > FREE_SECONDS:
-                remember(self.debts, payer, (owed + cost - FREE_SECONDS, now))
+            if cost > free:
+                remember(self.debts, payer, (owed + cost - free, now))
 
     def find_and_read(self, kind: int, ends: bytes) -> Facts:
         """Do what is asked within the budget; OSError, BusyError."""
