@@ -909,6 +909,7 @@ def first_mail() -> int:
 
 if __name__ == "__main__" and sys.argv[1:] == ["try"]:
     try:
+        leave_chroot()
         sys.exit(first_mail())
     except AssertionError as problem:
         sys.exit(f"tests/try: {problem}")
