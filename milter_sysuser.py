@@ -248,7 +248,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest and reset."""
-        if self.owner.uid is not None:
+        if self.owner.uid is not None and not self.confirmed:
             with contextlib.suppress(OSError, psutil.Error):  # at the end it is tried again
                 self.confirm()
         return self.answer()
@@ -321,7 +321,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
             with contextlib.suppress(Exception):
                 uid = self.owner.uid
                 seen = self.account or (None if uid is None else Account(uid, uid))
-                verdict = self.judge(Sender(None, "error", {}, seen), by_memory=True)
+                verdict = self.judge(Sender(None, "error", {}, seen), lambda users: users.made[1])
         if self.submitted and verdict.action in REFUSALS:
             # A refusal would bounce to a sender that can be made up, or stay in maildrop.
             verdict = verdict._replace(action="quarantine")
@@ -361,9 +361,10 @@ class SysuserMilter(Base):  # type: ignore[misc]
             return ""
         self.confirmed, shaken = False, self.shaken
         before, now = self.owner.mta_end, self.lookup.look_again(self.owner.mta_end)
-        if now is None or now.cookie != before.cookie:
-            return "reused" if now else "closed"
-        if self.rivals():  # asked after the look: what was read by then had been announced before
+        if now is None:
+            return "closed"
+        # Rivals are asked for after the look: what was read by then had been announced before.
+        if now.cookie != before.cookie or self.rivals():
             return "reused"
         if self.settled != shaken:
             self.owner, self.settled = self.owner._replace(mta_end=now), shaken
@@ -413,14 +414,13 @@ class SysuserMilter(Base):  # type: ignore[misc]
             complain("the owner of a connection could not be asked for", str(error))
             return "error"
 
-    def judge(self, sender: Sender, by_memory: bool = False) -> Verdict:
-        """Say what becomes of the message; by_memory: by the lists as they were last."""
+    def judge(self, sender: Sender, read: Callable[[UserList], Entries] = lambda users: users.now()) -> Verdict:
+        """Say what becomes of the message; read: gives what a list says now, or said last."""
         if self.refused:
             return self.refused
         if self.owner is REMOTE:
             return Verdict("pass")
-        blocked, *allowed = [users.made[1] if by_memory else users.now()
-                             for users in (self.blocked, self.allowed) if users]
+        blocked, *allowed = map(read, filter(None, (self.blocked, self.allowed)))
         suspects = (sender.account,) if sender.account else (sender.maybe, sender.holder)
         for suspect in filter(None, suspects):
             refused = refusal_of(suspect, blocked, *allowed)
@@ -671,11 +671,16 @@ NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, e
             errno.EAFNOSUPPORT}
 
 
-@functools.lru_cache(maxsize=1024)  # the server's is asked for with each connection
 def endpoint(address: str, port: int) -> Endpoint:
+    """Put together an end of a connection as an MTA gives it; ValueError."""
+    return Endpoint(packed(address), port)
+
+
+@functools.lru_cache(maxsize=1024)  # the same few come with each connection
+def packed(address: str) -> bytes:
     """Read an address as MTAs write it ("IPv6:::1", "[::1]", "fe80::1%eth0"); ValueError."""
     bare = re.sub(r"^\[?(?i:IPv6:)?|\]$|%.*$", "", address)
-    return Endpoint(ipaddress.ip_address(bare).packed.removeprefix(V4_MAPPED), port)
+    return ipaddress.ip_address(bare).packed.removeprefix(V4_MAPPED)
 
 
 class KernelLookup:
@@ -1174,10 +1179,11 @@ def state_of_files() -> tuple[Any, ...]:
 
 def state_of(path: str) -> Any:
     """Give what changes when a file does; None if it is not to be seen."""
-    with contextlib.suppress(OSError):
+    try:
         status = os.stat(path)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    return None
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def local_file(path: str) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
@@ -1609,7 +1615,7 @@ class Describer:
         helper, deadline = self.helper, time.monotonic() + HELPER_SECONDS
         if helper is None:
             return {"why": self.why_nobody}
-        if not self.lock.acquire(blocking=False):
+        if not self.lock.acquire(timeout=0.02):
             make_room()
             if not self.lock.acquire(timeout=HELPER_SECONDS):
                 return {"why": "busy"}
@@ -1731,6 +1737,7 @@ def serve(channel: socket.socket, finder: Finder) -> None:
 
 
 SEARCH_SECONDS, SEARCH_LINKS = 0.2, 300_000  # what one search may cost
+MOST_RECENT = 16  # places of a user's last sockets
 # What a payer may take of the helper's processor time: this share, so many seconds of it ahead. So
 # much of each question is free: if Postfix's hundred sessions all take it, the last waits 0.2 s.
 SHARE, AHEAD_SECONDS, FREE_SECONDS = 0.1, 0.15, 0.002
@@ -1764,15 +1771,7 @@ class Finder:
         passes. While he owes too much he is told so at once, and the helper has time for others.
         """
         self.uid, self.target, self.cgroup = uid, f"socket:[{inode}]", cgroup
-        # Whoever has many uids delegated pays as one. Others may have crowded root's cgroup, so root
-        # pays in that one only. For containers their namespaces pay; new ones as one.
-        payer: Any = (uid, cgroup)
-        free = FREE_SECONDS if uid or kind == WHOSE_IN_CONTAINERS else ROOT_FREE_SECONDS
-        if kind == WHOSE_IN_CONTAINERS:
-            payer = tuple(self.namespaces.places.get(ends[:16], ()))
-        elif uid:
-            with contextlib.suppress(OSError, ValueError):
-                payer = min(delegated_to(uid), default=uid)
+        payer, free = self.payer(kind, ends)
         began, now = time.process_time(), time.monotonic()
         owed, then = self.debts.get(payer, (0.0, now))
         owed = max(0.0, owed - SHARE * (now - then))
@@ -1793,6 +1792,17 @@ class Finder:
                 cost += ARGS_SECONDS  # others have waited for a command line that hangs
             if cost > free:
                 remember(self.debts, payer, (owed + cost - free, now))
+
+    def payer(self, kind: int, ends: bytes) -> tuple[Any, float]:
+        """Say who pays for a search, and how many seconds of it are free."""
+        if kind == WHOSE_IN_CONTAINERS:  # their namespaces; new ones as one
+            return tuple(self.namespaces.places.get(ends[:16], ())), FREE_SECONDS
+        if self.uid == 0:  # others may have crowded root's cgroup, so root pays in that one only
+            return (0, self.cgroup), ROOT_FREE_SECONDS
+        delegates: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            delegates = delegated_to(self.uid)
+        return min(delegates, default=self.uid), FREE_SECONDS  # who has many uids delegated pays as one
 
     def find_and_read(self, kind: int, ends: bytes) -> Facts:
         """Do what is asked within the budget; OSError, BusyError."""
@@ -1846,14 +1856,30 @@ class Finder:
 
         PermissionError if it is not found where this may look, and there is more.
         """
-        recent, denied = self.recent.get(self.uid, []), None
+        recent = self.recent.get(self.uid, [])
+        # One client has it where it was last; of many that take turns, where it was the longest ago.
+        places = recent[:1] + recent[:0:-1]
+        found = next((place for place in places if self.is_target(*place)), None) or self.search(recent)
+        if found:
+            remember(self.recent, self.uid, list(dict.fromkeys([found, *recent]))[:MOST_RECENT])
+        return found
+
+    def is_target(self, pid: int, link: str) -> bool:
+        """Tell whether a link leads to the socket."""
+        try:
+            return os.readlink(f"/proc/{pid}/{link}") == self.target
+        except OSError:  # there is none now, or none to be seen
+            return False
+
+    def search(self, recent: list[tuple[int, str]]) -> Optional[tuple[int, str]]:
+        """Look in all places but the recent ones; as find_holder."""
+        denied = None
         for pid, place in self.likely_places(recent):
             try:
                 link = self.link_to_target(pid, place)
             except PermissionError as error:
                 denied, link = error, None
             if link:
-                remember(self.recent, self.uid, list(dict.fromkeys([(pid, link), *recent]))[:8])
                 return pid, link
         if denied:
             raise denied
@@ -1874,14 +1900,12 @@ class Finder:
                 with contextlib.suppress(OSError):
                     own[pid] = os.stat(f"/proc/{pid}").st_uid == self.uid
             return own[pid]
-        yield from recent
-        links = {link for _, link in recent}
-        had_one = [pid for pid, _ in recent]
+        had_one, links = zip(*recent) if recent else ((), ())
         for source in (lambda: had_one, lambda: cgroup_pids(self.cgroups, self.cgroup), psutil.pids):
             pids = source()
             from_both_ends = dict.fromkeys(itertools.chain.from_iterable(zip(reversed(pids), pids)))
             new = [pid for pid in from_both_ends if pid not in own]
-            for places in filter(None, (links, ["fd"])):
+            for places in set(links), ["fd"]:
                 yield from ((pid, place) for pid in new if is_own(pid) for place in places)
         for pid in filter(own.get, own):
             self.charge(1)
@@ -1903,9 +1927,7 @@ class Finder:
     def link_to_target(self, pid: int, place: str) -> Optional[str]:
         """Give the link to the socket, which a place is or a table has, or None; OSError."""
         if not place.endswith("fd"):
-            with contextlib.suppress(OSError):  # there is none now, or none to be seen
-                return place if os.readlink(f"/proc/{pid}/{place}") == self.target else None
-            return None
+            return place if self.is_target(pid, place) else None
         # A process that has ended has none. What else goes wrong must not hide a holder.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             with closing(os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_DIRECTORY)) as directory:
