@@ -1566,6 +1566,7 @@ def unidentified(why: str, accept: str = "accept") -> Verdict:
 QUESTION = struct.Struct("=QBIQQ36s")
 WHO_HAS, WHAT_WAS_DIALLED, WHOSE_IN_CONTAINERS = 1, 2, 3
 HELPER_SECONDS = 0.3  # what a session waits at most for the helper, its turn included
+BRIEF_SECONDS = 0.02  # of these before libmilter is to start another thread, which costs 0.1 ms
 LSOF_SECONDS, LSOF_PROCESSES, LSOF_PIDS = 2.0, 4, 4000  # 4,000 pids are 32 kB; 128 KiB is the most
 Helper = NamedTuple("Helper", [("channel", socket.socket), ("pid", int)])  # it may see others' processes
 
@@ -1615,9 +1616,9 @@ class Describer:
         helper, deadline = self.helper, time.monotonic() + HELPER_SECONDS
         if helper is None:
             return {"why": self.why_nobody}
-        if not self.lock.acquire(timeout=0.02):
+        if not self.lock.acquire(timeout=BRIEF_SECONDS):
             make_room()
-            if not self.lock.acquire(timeout=HELPER_SECONDS):
+            if not self.lock.acquire(timeout=HELPER_SECONDS - BRIEF_SECONDS):
                 return {"why": "busy"}
         try:
             # Whoever asked before has given up; his answer may come until it is overdue.
