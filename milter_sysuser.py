@@ -71,21 +71,21 @@ except ImportError as missing:  # --help and --version do without them; see main
 VERSION = "3.0"
 
 # ====================================================================================== settings
-# Leave these lines here, and put such lines into the file that settings_file names, where they
-# outlive an upgrade. Then "milter_sysuser.py --check", then restart the milter.
+# Leave these lines here. Put such lines into the file that settings_file names: it outlives an
+# upgrade. Then run "milter_sysuser.py --check", and restart the milter.
 
-# The unix socket the MTA connects to: an absolute path, at most 107 bytes, in a directory that
-# run_as_user may write to. Where systemd hands the socket over, ListenStream= of its unit counts.
-# The trap: Postfix's smtpd may be chrooted; a path below /var/spool/postfix works either way, if
+# The unix socket that the MTA connects to: an absolute path of at most 107 bytes, in a directory
+# that run_as_user may write to. If systemd hands the socket over, ListenStream= of its unit counts.
+# The trap: Postfix's smtpd may be chrooted. A path below /var/spool/postfix works either way, if
 # main.cf names it without that prefix. Example: "/run/milter_sysuser/milter.sock", for Sendmail
 socketname = "/var/spool/postfix/private/milter.sock"
 
-# Seconds to wait for the MTA before its connection is dropped; 0: never (24 days). The trap: where
-# the MTA has default_action=accept, whoever sends more slowly is let through unseen. Example: 7200
+# The seconds after which the milter drops an MTA that sends nothing; 0: never (24 days). The trap:
+# with default_action=accept in the MTA, a slower message passes unseen. Example: 7200
 timeout = 0
 
-# The user to become for good when started as root: the one the MTA's smtpd runs as. The trap:
-# started as root with None, which is to stay as started, the mail-facing process stays root, and
+# The user to become for good if started as root: the one that the MTA's smtpd runs as. None: stay
+# as started. The trap: started as root with None, the process that faces the mail stays root, and
 # only root may connect to its socket. Example: "milter-sysuser"
 run_as_user = "postfix"
 
@@ -93,9 +93,9 @@ run_as_user = "postfix"
 # digits in quotes are a uid, and the user of that name. Example: ["bob", 1004, "@suspended"]
 blocked_mailusers = []
 
-# A file with one such entry a line, "#" begins a comment; read again when it changes. Only its
-# owner, root or run_as_user, may have the right to write to it. The trap: a file edited in place is
-# empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
+# A file with one such entry a line. "#" begins a comment. A change counts at once. Only the owner
+# (root or run_as_user) may have the right to write to it. The trap: a file edited in place is empty
+# for a moment, so rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
 blocked_mailusers_file = None
 
 # Who alone may send mail: a list of such entries, or None for everyone. All others are blocked, and
@@ -104,37 +104,37 @@ blocked_mailusers_file = None
 allowed_mailusers = None
 
 # What happens to a blocked user's mail: "reject" (550), "tempfail" (450: the sender tries again),
-# "quarantine" (the MTA's hold queue) or "log" (a dry run: passed, and the log says so). What came by
+# "quarantine" (the MTA's hold queue) or "log" (a trial: it passes, and the log says so). Mail by
 # sendmail(1) is held and not refused. The trap: a program without a queue loses mail by "tempfail",
 # too. Example: "quarantine"
 blocked_action = "reject"
 
 # What happens to local mail whose owner is unknown: "accept" (tagged user=?), "tempfail",
-# "quarantine" or "reject" (550; 450 where the client is not at fault). The trap: by closing early a
-# blocked user can arrange to be unknown, and "accept" lets that pass; the others also stop a client
-# that is merely hasty. Example: "quarantine"
+# "quarantine" or "reject" (550, or 450 if the client is not at fault). The trap: a blocked user can
+# close early to be unknown, and "accept" lets him pass. The others also stop a client that is only
+# hasty. Example: "quarantine"
 unidentified_action = "accept"
 
 # How many recipients a user may address in any hour, by SMTP and by sendmail(1) together: by name
 # or uid, "*" for everyone else, None for no limit. The trap: "*" counts root and content filters,
-# too, and the count is lost at a restart. Example: {"*": 200, "www-data": 1000, "root": None}
+# too, and a restart begins the counts anew. Example: {"*": 200, "www-data": 1000, "root": None}
 hourly_limits = {}
 
 # The same for any day, in steps of an hour. The trap: a restart begins a new day, also for a user
 # over his limit. Example: {"*": 1000, "newsletter": 50000, "root": None}
 daily_limits = {}
 
-# The networks of this host's containers (docker, podman, LXC): their clients are named, too, by the
+# The networks of this host's containers (docker, podman, LXC). Their clients are named, too, by the
 # kernel's uid as a number. It takes the helper. The trap: a container without a user namespace has
-# the host's uids, its root is uid 0. Example: ["172.17.0.0/16", "fd00:17::/64"]
+# the host's uids, and its root is uid 0. Example: ["172.17.0.0/16", "fd00:17::/64"]
 container_networks = []
 
-# The name of the header that is added, and removed wherever else it comes from. The trap: a new
-# name leaves the old one to forgers. Example: "X-Local-Sender"
+# The name of the header that is added, and removed wherever else it comes from. The trap: with a
+# new name, anyone can forge the old one. Example: "X-Local-Sender"
 header_name = "X-Sender-Process-Info"
 
 # What the header says, in this order: user, uid, program, pid, exe, args (the command line), dir
-# (working directory), unit (systemd unit or container). []: none is added, forged ones still go.
+# (working directory), unit (systemd unit or container). []: none is added; forged ones still go.
 # The trap: the header leaves with the mail, and args can hold passwords. Example: ["user"]
 header_fields = ["user", "program"]
 
@@ -142,13 +142,13 @@ header_fields = ["user", "program"]
 # Example: ["user", "uid", "program", "args"]
 log_fields = ["user", "uid", "program", "pid", "exe", "dir", "unit"]
 
-# How lsof is called where this is not started as root; sudoers.example has the rule it needs. []:
-# never. The trap: with neither the helper nor this, other users' programs are "?", and so is root.
+# How to call lsof if the milter is not started as root; sudoers.example has the rule for it. []:
+# never. The trap: with neither the helper nor lsof, other users' programs are "?", and so is root.
 # Example: ["/usr/bin/lsof"]
 lsof_command = ["sudo", "-n", "/usr/bin/lsof"]
 
 # A file of lines "name = value" that override the settings above, if it exists; None: no file. It
-# is never executed. Only its owner, root or who starts this, may have the right to write to it.
+# is never executed. Only its owner (root, or who starts this) may have the right to write to it.
 # The trap: a value there counts, whatever stands here. Example: "/usr/local/etc/milter.conf"
 settings_file = "/etc/milter_sysuser.conf"
 # =============================================================================== end of settings
@@ -2990,12 +2990,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Tag local mail with the system user and program that sent it.\n"
-                    f"Settings: in {settings_file}; the top of the script explains each.",
-        epilog="example:\n  %(prog)s --check && systemctl restart milter_sysuser\n\nexit status:\n"
-               "  0   told to stop (TERM, INT)\n"
-               "  1   could not start or go on: the last line of the log says why\n"
-               "  75  told to start again with the settings of now (HUP)\n"
-               "  78  a wrong setting; or Python, pymilter or psutil is missing or too old")
+                    f"The settings are in {settings_file}. The top of the script explains each.",
+        epilog="example:\n  %(prog)s --check && systemctl reload milter_sysuser\n\nexit status:\n"
+               "  0   It was told to stop (TERM, INT).\n"
+               "  1   It could not start or go on. The last line of the log says why.\n"
+               "  75  It was told to start again with the settings of now (HUP).\n"
+               "  78  A setting is wrong, or Python, pymilter or psutil is missing or too old.")
     parser.add_argument("--check", action="store_true", help="check the settings and show what works here")
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()

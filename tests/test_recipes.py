@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import types
 from typing import Any, Callable, Iterator, NamedTuple, Optional
@@ -20,9 +19,6 @@ import pytest
 
 import mta
 from mta import recipe
-
-sys.path.append(str(mta.SCRIPT.parent))
-import milter_sysuser as ms  # noqa: E402
 
 HEADER = "X-Sender-Process-Info"
 # Stands in for journald: the milter's log, less the levels that journald takes off.
@@ -123,9 +119,7 @@ def test_a_file_serves_in_the_place_of_the_journal(make_mail: Callable, administ
 # --- recipes that read the log: on the milter's own lines, and on thousands that the tests make ------------------
 
 FIELDS, TOP = "Read the log in a script", "List the top senders, directories and units of the day"
-CONTAINER = "Find which container sent"
-MAIL, BLOCK = "Mail root what needs somebody, and who was refused", "Block whoever was refused ten times in an hour"
-METRICS = "Show messages and recipients in Prometheus"
+MAIL = "Mail root what needs somebody, and who was refused"
 REFUSALS = "reject", "tempfail", "quarantine"
 
 
@@ -191,7 +185,7 @@ def reader(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[.
     """Run commands of the README on a log, with one of Debian's two awks; what they install is in tmp_path."""
     if not (awk := shutil.which(request.param, path=mta.SYSTEM_PATH)):
         pytest.skip(f"{request.param} is not installed")
-    for name in "bin", "cron.hourly", "cron.d", "node-exporter":
+    for name in "bin", "cron.hourly":
         (tmp_path / name).mkdir()
     shim = tmp_path / "bin/journalctl"
     shim.write_text(JOURNALCTL)
@@ -202,8 +196,7 @@ def reader(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[.
         """Run them; with a log, that is what journalctl shows."""
         if log:
             (tmp_path / "log").write_text(log)
-        for old, new in {"/usr/local/bin": "bin", "/etc/cron.": "cron.", "/etc/milter_sysuser.blocked": "blocked",
-                         "/var/lib/prometheus/node-exporter": "node-exporter"}.items():
+        for old, new in {"/usr/local/bin": "bin", "/etc/cron.": "cron."}.items():
             commands = commands.replace(old, f"{tmp_path}/{new}")
         env = {"PATH": f"{tmp_path}/bin:{mta.SYSTEM_PATH}", "LC_ALL": "C.UTF-8", "MILTER_LOG": f"{tmp_path}/log"}
         ran = subprocess.run(["sh", "-ec", commands], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
@@ -256,21 +249,6 @@ def test_the_top_senders_are_counted_in_the_milters_own_log(make_logged: Callabl
     assert answer[:3] == ["6 2 user=mst-alice", "4 4 user=mst-bob", "1 1 user=nobody"]
 
 
-def test_the_container_that_sent_is_found(reader: Callable, tmp_path: pathlib.Path) -> None:
-    """By the id in its unit, whatever a sender writes; the setting is one that the milter takes."""
-    value = ast.literal_eval(recipe(CONTAINER)[0].partition("= ")[2])
-    rule = ms.RULES["container_networks"]
-    assert rule.is_well(value) and not list(rule.problems(value, None))
-    ours, others = "4f5a" * 16, "1234" * 16
-    docker = tmp_path / "bin/docker"
-    docker.write_text(f'#!/bin/sh\n[ "$*" = "ps --no-trunc" ] && printf "%s\\n" "{ours} shop" "{others} other"\n')
-    docker.chmod(0o755)
-    line = ("<6>{}: client=172.17.0.5:1 user=33 uid=33 program=php pid=2 exe=? dir=/ unit=docker-{}.scope "
-            'from="x unit=docker-{}.scope @example.org" rcpts=1 action=tag\n')
-    log = line.format("4Zb9Xk1c2Tz3", ours, others) + line.format("4Zb9Xk1c2Tz4", others, ours)
-    assert reader(recipe(CONTAINER)[1], log) == f"{ours} shop\n"
-
-
 def test_root_is_mailed_what_needs_somebody(make_logged: Callable, reader: Callable, users: types.SimpleNamespace) -> None:
     """A user at four fifths of his limit and over it, each once, then his refusals; in a quiet hour nothing is printed."""
     mail = make_logged(hourly_limits={"mst-bob": 5}, unidentified_action="tempfail")
@@ -295,54 +273,6 @@ def test_root_is_mailed_who_was_refused(reader: Callable) -> None:
     assert {name: int(times) for times, name in found} == refused
     assert [int(times) for times, _ in found] == sorted(refused.values(), reverse=True)
     assert reader("/etc/cron.hourly/milter-mail", "<6>milter_sysuser started\n") == ""
-
-
-def test_whoever_is_refused_ten_times_is_on_the_block_list(reader: Callable, tmp_path: pathlib.Path) -> None:
-    """By name, or by uid where the name does not stand bare; once; not for being blocked; no system user."""
-    made, log = made_log()
-    blocked = tmp_path / "blocked"
-    blocked.write_text("carol")  # whose line was not ended
-    reader(recipe(BLOCK)[0], log)
-    said = reader("/etc/cron.hourly/milter-block")
-    print(said)
-    refused = [m for m in made if m.action in REFUSALS and m.reason != "blocked"]
-    times = collections.Counter((m.user, m.uid) for m in refused if m.user and m.uid >= 1000)
-    wanted = [user if quoted(user) == user else str(uid) for user, uid in times if times[user, uid] >= 10]
-    first, *entries = blocked.read_text().split()
-    assert first == "carol" and sorted(entries) == sorted(wanted)
-    assert said == "".join(f"blocked: {entry}\n" for entry in entries)
-    assert {"alice", "1003", "1004"} <= set(entries) and not {"bob", "www-data", "33"} & set(entries)
-    assert reader("/etc/cron.hourly/milter-block") == ""
-    alices = [f"<6>{m.text(number)}\n" for number, m in enumerate(refused) if m.user == "alice"]
-    for number, block_list in (9, []), (10, ["alice"]):
-        blocked.write_text("")
-        reader("/etc/cron.hourly/milter-block", "".join(alices[:number]))
-        assert blocked.read_text().split() == block_list
-
-
-def test_prometheus_reads_messages_and_recipients(reader: Callable, tmp_path: pathlib.Path) -> None:
-    """The file is well formed with any user's name, comes in one piece, and is other programs' to read."""
-    parser = pytest.importorskip("prometheus_client.parser", reason="python3-prometheus-client is not installed")
-    made, log = made_log()
-    reader(recipe(METRICS)[0], log)
-    place = tmp_path / "node-exporter"
-    (place / "milter_sysuser.prom").write_text("what was there\n")
-    with open(place / "milter_sysuser.prom") as before:
-        reader("/usr/local/bin/milter-metrics")
-        assert before.read() == "what was there\n"
-    assert [path.name for path in place.iterdir()] == ["milter_sysuser.prom"]
-    assert (place / "milter_sysuser.prom").stat().st_mode & 0o777 == 0o644
-    text = (place / "milter_sysuser.prom").read_text()
-    print(text)
-    found = {(sample.name, sample.labels["user"], sample.labels["action"]): sample.value
-             for family in parser.text_string_to_metric_families(text) for sample in family.samples}
-    wanted: collections.Counter = collections.Counter()
-    for m in [*made, *[Line("", None, None, None, "", 50, "pass", "")] * 60]:
-        label = quoted(m.user).strip('"')
-        wanted["milter_sysuser_messages_total", label, m.action] += 1
-        wanted["milter_sysuser_recipients_total", label, m.action] += m.rcpts
-    assert found == wanted
-    assert (tmp_path / "cron.d/milter-metrics").read_text().startswith("*/5 * * * * root ")
 
 
 @pytest.fixture
@@ -456,7 +386,7 @@ def test_everyone_is_limited_but_one(make_mail: Callable, users: types.SimpleNam
 
 def test_log_only_adds_no_header(make_mail: Callable, users: types.SimpleNamespace) -> None:
     """Nothing local is in the mail, not even what somebody made up; the log knows."""
-    mail = make_mail(**setting("Log only"))
+    mail = make_mail(header_fields=[])
     mta.run_as("mst-bob", mta.smtp(mail.postfix.port, "--header", f"{HEADER}: user=root program=cron"))
     assert HEADER not in mail.postfix.wait_messages(1)[0]
     mail.milter.wait_lines(" user=mst-bob ")

@@ -186,22 +186,6 @@ def test_the_install_line_puts_both_units_and_nothing_else_into_place(tmp_path: 
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: read_unit(name) for name in names}
 
 
-def test_the_upgrade_lines_take_over_the_settings_of_a_script(tmp_path: pathlib.Path, root: None) -> None:
-    """Of 1.0, where they stood at its top; what they make is a settings file, all in force but the timeout."""
-    changes = README.read_text().partition("\n## Changes\n")[2].partition("\n## ")[0]
-    line = re.search(r"^    (sed -n .*)$", changes, re.M)[1]
-    former, conf = tmp_path / "milter_sysuser-1.0.py", tmp_path / "milter_sysuser.conf"
-    settings = {"blocked_mailusers": ["mst-bob"], "timeout": 300, "hourly_limits": {"*": 200}}
-    source = re.sub(r"^settings_file = .*\n", "", mta.edit_settings(mta.SCRIPT.read_text(), settings), flags=re.M)
-    former.write_text(source)
-    line = line.replace("/usr/local/sbin/milter_sysuser.py", str(former)).replace("/etc/milter_sysuser.conf", str(conf))
-    subprocess.run(["sh", "-ec", line], check=True)
-    values = {**DEFAULTS, "settings_file": str(conf)}
-    sources, problems = ms.take_settings_file(values)
-    assert not problems and sources.keys() == DEFAULTS.keys() - {"timeout", "settings_file"}
-    assert values == {**DEFAULTS, **settings, "timeout": 0, "settings_file": str(conf)}
-
-
 def test_the_settings_that_the_readme_shows_are_a_settings_file(tmp_path: pathlib.Path, root: None) -> None:
     """As it stands there."""
     text = README.read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
