@@ -72,7 +72,7 @@ VERSION = "3.0"
 
 # ====================================================================================== settings
 # Leave these lines here. Put such lines into the file that settings_file names: it outlives an
-# upgrade. Then run "milter_sysuser.py --check", and restart the milter.
+# upgrade. Then run "milter_sysuser.py --check", and reload the milter.
 
 # The unix socket that the MTA connects to: an absolute path of at most 107 bytes, in a directory
 # that run_as_user may write to. If systemd hands the socket over, ListenStream= of its unit counts.
@@ -93,7 +93,7 @@ run_as_user = "postfix"
 # digits in quotes are a uid, and the user of that name. Example: ["bob", 1004, "@suspended"]
 blocked_mailusers = []
 
-# A file with one such entry a line. "#" begins a comment. A change counts at once. Only the owner
+# A file with one such entry a line. "#" after a blank begins a comment. A change counts at once. Only the owner
 # (root or run_as_user) may have the right to write to it. The trap: a file edited in place is empty
 # for a moment, so rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
 blocked_mailusers_file = None
