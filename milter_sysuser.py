@@ -93,9 +93,9 @@ run_as_user = "postfix"
 # digits in quotes are a uid, and the user of that name. Example: ["bob", 1004, "@suspended"]
 blocked_mailusers = []
 
-# A file with one such entry a line. "#" after a blank begins a comment. A change counts at once. Only the owner
-# (root or run_as_user) may have the right to write to it. The trap: a file edited in place is empty
-# for a moment, so rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
+# A file with one such entry a line; "#", first or after a blank, begins a comment. A change counts
+# at once. Only the owner (root or run_as_user) may have the right to write to it. The trap: a file
+# edited in place is empty for a moment; rename (mv) a new one. Example: "/etc/milter_sysuser.blocked"
 blocked_mailusers_file = None
 
 # Who alone may send mail: a list of such entries, or None for everyone. All others are blocked, and
