@@ -24,8 +24,9 @@ HEADER = "X-Sender-Process-Info"
 # Stands in for journald: the milter's log, less the levels that journald takes off.
 JOURNALCTL = r"""#!/bin/sh
 case "$*" in
-    "-u milter_sysuser -o cat" | "-u milter_sysuser -o cat --since today" | \
+    "-u milter_sysuser -o cat" | "-u milter_sysuser -o cat --since today" | "-u milter_sysuser -o cat --since yesterday" | \
     "-u milter_sysuser -o cat --since 1 hour ago") exec sed 's/^<[0-9]>//' "$MILTER_LOG" ;;
+    "-t postfix/pickup -o cat --since yesterday") exec sed -n 's,.* postfix/pickup[^:]*: ,,p' "$MAIL_CONFIG/../maillog" ;;
     "-u milter_sysuser -p warning -q -o cat --since 1 hour ago") exec sed -n 's/^<[0-4]>//p' "$MILTER_LOG" ;;
     *) echo "journalctl $*: what is that?" >&2; exit 2 ;;
 esac
@@ -89,6 +90,29 @@ def test_each_promise_has_the_tests_that_are_said_to_prove_it() -> None:
             file, *names = re.findall("`(.*?)`", part)
             found = re.findall(r"^def test_(\w+)", (here / file).read_text(), re.M)
             assert found and set(names) <= set(found), set(names) - set(found)
+
+
+def test_what_leaves_waits_in_an_emergency_and_what_a_user_handed_in_before_can_be_found_and_deleted(
+        make_mail: Callable, administrator: Callable, submission: None, users: types.SimpleNamespace) -> None:
+    """By Postfix's own log of sendmail(1), with no milter there yet; one who writes such a line into an address is not found."""
+    with mta.Postfix(main_cf={"smtpd_milters": "", "virtual_mailbox_domains": "example.com"}) as elsewhere:
+        main_cf = {"default_transport": f"smtp:[127.0.0.1]:{elsewhere.port}", "disable_dns_lookups": "yes"}
+        mail = make_mail({"main_cf": main_cf, "master": ["smtp unix - - n - - smtp"]})
+        hold, let_go, count, delete = recipe("A site sends spam now")
+        administrator(mail, hold)
+        bob = f": uid={users.bob.pw_uid} "
+        for user, sender in ("mst-bob", "x@example.org"), ("mst-alice", f'"{bob}"@example.org'):
+            assert submit(mail, user, "away@example.com", sender).returncode == 0
+        waiting = mta.wait_for(lambda: [message["queue_name"] for message in mail.postfix.postqueue()] == ["deferred"] * 2 and
+                               mail.postfix.postqueue(), what="both to wait")
+        assert all("deferred transport" in message["recipients"][0]["delay_reason"] for message in waiting)
+        found = administrator(mail, count)
+        assert sorted(found.split()) == sorted(["1", "1", *(f"uid={user.pw_uid}" for user in (users.bob, users.alice))]), found
+        administrator(mail, delete.replace("uid=1007", f"uid={users.bob.pw_uid}"))
+        left, = mail.postfix.postqueue()
+        assert "uid=" in left["sender"]
+        administrator(mail, let_go)
+        elsewhere.wait_messages(1)
 
 
 def test_the_sender_of_a_queue_id_is_found(make_logged: Callable, administrator: Callable, users: types.SimpleNamespace) -> None:
@@ -277,19 +301,18 @@ def test_root_is_mailed_who_was_refused(reader: Callable) -> None:
 
 @pytest.fixture
 def blocked_file() -> Iterator[pathlib.Path]:
-    """Make an empty block list where the milter's user may read it."""
+    """Give a place for a block list, where the milter's user may read it."""
     with tempfile.TemporaryDirectory(prefix="mst-place.") as name:
         os.chmod(name, 0o755)
-        path = pathlib.Path(name, "milter_sysuser.blocked")
-        path.touch(0o644)
-        yield path
+        yield pathlib.Path(name, "milter_sysuser.blocked")
 
 
-def submit(mail: types.SimpleNamespace, user: str) -> subprocess.CompletedProcess:
+def submit(mail: types.SimpleNamespace, user: str, to: str = "to@example.org",
+           sender: str = "from@example.org") -> subprocess.CompletedProcess:
     """Send a message by sendmail(1) as a user, with that Postfix in the place of the system's."""
     command = ('mount --bind "$0" /etc/postfix && exec setpriv --reuid="$1" --regid="$1" --init-groups '
-               '/usr/sbin/sendmail -f from@example.org to@example.org')
-    return subprocess.run(["unshare", "--mount", "sh", "-c", command, f"{mail.postfix.directory}/etc", user],
+               '/usr/sbin/sendmail -f "$2" "$3"')
+    return subprocess.run(["unshare", "--mount", "sh", "-c", command, f"{mail.postfix.directory}/etc", user, sender, to],
                           input="Subject: by sendmail\n\nbody\n", capture_output=True, text=True, timeout=60, cwd="/",
                           env={"PATH": mta.SYSTEM_PATH})
 
@@ -311,6 +334,9 @@ def test_a_ban_closes_both_doors_and_the_queue_and_an_unban_opens_them(
     once, ban, queue, unban = recipe("Ban a user now")
     administrator(mail, once, blocked=str(blocked_file), conf=str(conf))
     assert (tmp_path / "told").read_text() == "reload milter_sysuser\n"
+    blocked_file.write_text("mst-eve\n")
+    administrator(mail, once, blocked=str(blocked_file), conf=str(conf))  # pasted again
+    assert blocked_file.read_text() == "mst-eve\n" and conf.read_text().count("blocked_mailusers_file") == 1
     mail.milter.stop()
     mail.milter.start()
     smtp = mta.smtp(mail.postfix.port)
@@ -361,8 +387,8 @@ def test_one_sites_mail_is_deleted_where_all_run_as_one_user(tmp_path: pathlib.P
     log = tmp_path / "log"
     log.write_text("".join(line.format(*fields) for fields in (
         ("B1", "/srv/site2/uploads", "x@example.org"), ("B2", "/srv/site22/uploads", "x@example.org"),
-        ("B3", "/srv/site3", '"x dir=/srv/site2/uploads y@example.org"'), ("B4", "/srv/site2/", '"x y@example.org"'))))
-    old, new = "user=bob .*", re.search(r"put `([^`]*)` in the place\s+of\s+`user=bob \.\*`", mta.README.read_text())[1]
+        ("B3", "/srv/site3", '"x dir=/srv/site2/uploads y@example.org"'), ("B4", "/srv/site2", '"x y@example.org"'))))
+    old, new = "user=bob .*", re.search(r"put `([^`]*)`\s+in the place\s+of\s+`user=bob \.\*`", mta.README.read_text())[1]
     block = recipe("Ban a user now")[2]
     assert old in block
     commands = f"journalctl() {{ cat {log}; }}; postsuper() {{ cat; }}\n" + block.replace(old, new)
