@@ -42,6 +42,7 @@ import grp
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import pwd
 import queue
@@ -998,14 +999,12 @@ def read_submitter(queue_id: str, queue: str) -> ClientSocket:
 
 def read_top(records: Iterator[tuple[bytes, bytes]]) -> tuple[bool, bytes]:
     """Tell whether the MTA itself wrote a message, and what it begins with; ValueError."""
-    is_own = False
-    for kind, data in records:
-        is_own |= (kind, data) == (b"A", b"log_message_origin=local")
-        if kind == b"M":
-            break
-    head = [record for _, record in zip(range(100), records)]
+    envelope = itertools.takewhile(lambda record: record[0] != b"M", records)
+    is_own = operator.countOf(envelope, (b"A", b"log_message_origin=local")) > 0
+    first = next(records, (b"", b""))
+    head = [first, *itertools.islice(records, 99)]
     top = b"\n".join(data for kind, data in head if kind in (b"N", b"L"))
-    if head and head[0][0] == b"p":  # other milters have put headers above the first
+    if first[0] == b"p":  # other milters have put headers above the first
         top = top[top.find(b"Received:"):]
     return is_own, top
 
