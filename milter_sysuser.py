@@ -1103,10 +1103,10 @@ class Directory:
         answers = self.answers.setdefault(function, {})
         patience = AGAIN_SECONDS if key in answers or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
-        for last in False, False, True:  # the first may have been put before the state changed
+        for tries_left in 2, 1, 0:  # the first question may have been put before the state changed
             value, asked_at, state_then = answers.get(key, NOT_ANSWERED)
             is_current = state_then == state and time.monotonic() - asked_at < REFRESH_SECONDS
-            if is_current or last:
+            if is_current or not tries_left:
                 break
             asked_at, answered = self.begin(function, key, state)
             if in_session:
@@ -1156,10 +1156,10 @@ def note_lack(what: str, lacks: bool) -> None:
     What was not asked for in the last two minutes is forgotten.
     """
     lacked, now = bool(LACKING), time.monotonic()
-    LACKING[what] = now
-    for other, noted_at in list(LACKING.items()):
-        if now - noted_at > 2 * REFRESH_SECONDS or (other == what and not lacks):
-            LACKING.pop(other, None)
+    LACKING[what] = now if lacks else float("-inf")
+    for noted, noted_at in list(LACKING.items()):
+        if now - noted_at > 2 * REFRESH_SECONDS:
+            LACKING.pop(noted, None)
     if lacked != bool(LACKING):
         say(WARNING, "the directory service (NSS) " + (
             f"lacks what it had ({quote(what)}): whoever was in a group stays in it, and nobody is refused for good "
@@ -1193,20 +1193,25 @@ def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, di
     names, text = {}, b""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         text = file.read()
-    # Name (none begins with "@", which stands for a group), password but in /etc/subuid, numbers.
-    lines = re.findall(rb"^\s*([^\s:@][^:\n]*):(?:[^:\n]*:)?(\d{1,10}):(?:(\d{1,10})(?![^:\s]))?", text, re.MULTILINE)
+    name, number = rb"^\s*([^\s:@][^:\n]*):", rb"(\d{1,10})"  # "@" would stand for a group
+    password = b"" if path == "/etc/subuid" else rb"[^:\n]*:"
+    pattern = name + password + number + b":(?:" + number + rb"(?![^:\s]))?"
+    lines = re.findall(pattern, text, re.MULTILINE)
     entries = [(int(number), os.fsdecode(name), int(behind or 0)) for name, number, behind in lines]
-    for number, name, behind in sorted(entries):
-        names.setdefault(number, {})[name] = behind
-    return {name: number for number, name, _ in reversed(entries)}, names  # of a name's lines the first counts
+    for one, called, behind in sorted(entries):
+        names.setdefault(one, {})[called] = behind
+    # Of several lines with one name the first counts.
+    return {called: one for one, called, _ in reversed(entries)}, names
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
     """Ask NSS who has a uid, or whom it is delegated to; last: what it said before. OSError."""
-    account, delegates = account_of(uid, uid, last), delegated_to(uid)
-    if account.name or len(delegates) > 1:  # a range of its own, or root's, takes nothing away
-        own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
-        return account._replace(doubt="error" if set(delegates) - own else "")
+    account = account_of(uid, uid, last)
+    # A range of the account's own, or root's, takes nothing away from it.
+    local_names = local_file("/etc/passwd")[1].get(uid, {})
+    delegates = delegated_to(uid, {account.name, str(uid), *local_names})
+    if len({account.name, *delegates} - {None}) > 1:  # more than one user's
+        return account._replace(doubt="error")
     if delegates:
         delegate = look_up_entry(delegates[0], None)
         account = said_by_subuid(uid) if delegate is None else account_of(uid, delegate, last)
@@ -1229,9 +1234,10 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
     names = {**local_names, entry.pw_name: entry.pw_gid}
     said = {gid for name in names for gid in groups_of(name)}
     gids = said | set(names.values())
-    is_same = last and last.uid == uid and last.name in names
     local_groups = local_file("/etc/group")[1].keys()  # which show who is in them
-    lost = last.gids - gids - local_groups if last and is_same else frozenset()
+    lost: frozenset[int] = frozenset()
+    if last and last.uid == uid and last.name in names:
+        lost = last.gids - gids - local_groups
     gids |= kept_groups(entry.pw_name, lost, not said <= local_groups)
     return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True, local=entry.pw_name in local_names)
 
@@ -1243,20 +1249,20 @@ def groups_of(name: str) -> set[int]:
     return set(gids[:count.value]) - {NO_GID}
 
 
-def kept_groups(name: str, lost: frozenset[int], whole: bool) -> set[int]:
+def kept_groups(name: str, lost: frozenset[int], is_up: bool) -> set[int]:
     """Give which groups a user keeps of those that he had and NSS gives him no more.
 
-    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps one
-    that cannot be found either, and one that names him, or names nobody, as the groups of some
-    directories do, unless a directory gave other groups of his (whole).
+    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps a
+    group that cannot be found either, and one that still names him. The groups of some directories
+    name nobody: he keeps those, too, unless a directory gave other groups of his, and so is up.
     """
-    members = {}
+    found = {}
     for gid in lost:
         with contextlib.suppress(KeyError):
-            members[gid] = grp.getgrgid(gid).gr_mem
-    doubtful = {gid for gid, names in members.items() if name in names or not (names or whole)}
-    note_lack(f"groups of {name}", bool(doubtful))
-    return doubtful | (lost - members.keys())
+            found[gid] = grp.getgrgid(gid).gr_mem
+    still_his = {gid for gid, members in found.items() if name in members or not (members or is_up)}
+    note_lack(f"groups of {name}", bool(still_his))
+    return still_his | (lost - found.keys())
 
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
@@ -1266,14 +1272,11 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
     return None
 
 
-def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) a uid is delegated to; [] if to root only. OSError."""
-    delegates: set[str] = set()
-    for first, users in local_file("/etc/subuid")[1].items():
-        if first > uid:
-            break
-        delegates |= {name for name, count in users.items() if uid < first + count}
-    return sorted(delegates) if delegates - {"root", "0"} else []
+def delegated_to(uid: int, own: Iterable[Optional[str]] = ()) -> list[str]:
+    """Give the users (names or numbers) a uid is delegated to; [] if only root or these. OSError."""
+    ranges = itertools.takewhile(lambda one: one[0] <= uid, local_file("/etc/subuid")[1].items())
+    delegates = {name for first, users in ranges for name, count in users.items() if uid < first + count}
+    return sorted(delegates) if delegates - {"root", "0", *own} else []
 
 
 def said_by_subuid(uid: int) -> Account:
