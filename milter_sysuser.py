@@ -1045,7 +1045,6 @@ def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 # --------------------------------------------------------- policy: who that is, and what he may do
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
-MOST_WARNED = 1000  # entries to look up for a warning
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
 NO_GID, NGROUPS_MAX = (1 << 32) - 1, 65536  # no group's, chown(2); of a process, linux/limits.h
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
@@ -1326,32 +1325,24 @@ class UserList:
 
     def look_up(self, key: None, last: Any) -> dict[str, Optional[int]]:
         """Find the uid or gid of each name that is listed; None if it has none."""
-        state, numbers = state_of_files(), {}
-        for entry in self.listed:
-            if not entry.isdigit():
-                path = "/etc/group" if entry.startswith("@") else "/etc/passwd"
-                numbers[entry] = local_file(path)[0].get(entry.lstrip("@"))
+        state, groups = state_of_files(), local_file("/etc/group")[0]
+        local = {**local_file("/etc/passwd")[0], **{f"@{name}": gid for name, gid in groups.items()}}
+        numbers = {entry: local.get(entry) for entry in self.listed if not entry.isdigit()}
         others = [entry for entry, number in numbers.items() if number is None]
         for entry in others[:MOST_QUESTIONS // 2]:  # before the first is waited for; the rest is senders'
             self.directory.begin(look_up_entry, entry, state)
         for entry in others:
             numbers[entry], is_current = self.directory.ask(look_up_entry, entry, state, in_session=False)
             if is_current and numbers[entry] is None:
-                self.warn(entry, "is not found; it is looked for again every minute")
+                self.warn(entry)
         return numbers
 
-    def warn(self, entry: str, what: str) -> None:
-        """Log something about an entry, once."""
+    def warn(self, entry: str) -> None:
+        """Log once that an entry is not found."""
         if entry not in self.warned:
             self.warned.add(entry)
             where = self.setting if entry in self.fixed else self.path
-            say(WARNING, f"{where}: {quote(entry)} {what}")
-
-    def warn_of_doubles(self, key: None, last: None) -> None:
-        """Say of digits that there is a user of that name, too."""
-        for entry in self.listed[:MOST_WARNED]:
-            if entry.isdigit() and account_by_name(entry):
-                self.warn(entry, "is a uid and also the name of a user; both are meant")
+            say(WARNING, f"{where}: {quote(entry)} is not found; it is looked for again every minute")
 
     def _reread(self, path: str) -> None:
         state, problem = state_of(path), ""
@@ -1406,7 +1397,7 @@ def is_listed(account: Account, entries: Entries) -> bool:
 def is_unsaid(account: Account, entries: Entries) -> bool:
     """Tell whether a list may turn out to have an account, as NSS has not said all of it yet."""
     if account.answered:
-        return account.name is None and bool(entries.gids or entries.unresolved)
+        return account.name is None and any((entries.gids, entries.unresolved))
     return any(entries)
 
 
@@ -1436,18 +1427,23 @@ def whole(value: Any, most: int = 1 << 63) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
+def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
+    """Tell whether it is a text that matches a pattern as a whole."""
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
 def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
     """Say what is wrong with the entries of a list of users."""
     for entry in entries:
-        number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
-        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()
+        number = int(entry) if is_text("[0-9]{1,10}", entry) else entry
+        is_name = is_text(ENTRY, entry) and not entry.isdigit()
         if not is_name and not whole(number, (1 << 32) - 1):
             yield f"{shown(entry)} is not a user name, a numeric uid or \"@group\""
 
 
 def unquoted(entry: Any) -> Any:
     r"""Give an entry that was pasted from the log, quoted and with \xNN, as it was."""
-    if not isinstance(entry, str) or not re.fullmatch(r'@?"(?:[^"\\]|\\x[0-9a-f]{2})+(?<!\.\.\.)"', entry):
+    if not is_text(r'@?"(?:[^"\\]|\\x[0-9a-f]{2})+(?<!\.\.\.)"', entry):
         return entry
     data = entry.replace('"', "").encode("utf-8", "surrogatepass")
     data = re.sub(rb"\\x(..)", lambda code: bytes([int(code[1], 16)]), data)
@@ -1460,10 +1456,10 @@ def read_entries(path: str, trusted_uid: int) -> list[str]:
     for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
         parts = LINE.fullmatch(line)
         entry = unquoted((parts[1] if parts else line).strip())
-        for problem in entry_problems([entry] if entry else []):
+        entries.append(entry)
+        for problem in entry_problems(filter(None, [entry])):
             raise ValueError(f"{path}, line {number}: {problem}")
-        entries += [entry] if entry else []
-    return entries
+    return list(filter(None, entries))
 
 
 def read_trusted(path: str, trusted_uid: int) -> str:
@@ -2267,11 +2263,6 @@ class Rule(NamedTuple):
     problems: Callable[[Any, Optional[pwd.struct_passwd]], Iterable[str]] = lambda value, user: ()
 
 
-def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
-    """Tell whether it is a text that matches a pattern as a whole."""
-    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
 def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
     """Check what is at the socket's path, and its directory."""
     directory = os.path.dirname(path)
@@ -2773,7 +2764,6 @@ def prepare_policy() -> None:
     directory.ask(milter.limits.look_up, None, None)
     for users in filter(None, (milter.blocked, milter.allowed)):
         users.now()
-        directory.ask(users.warn_of_doubles, None, None)
     if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
     limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
