@@ -1481,6 +1481,7 @@ def read_trusted(path: str, trusted_uid: int) -> str:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
+FOR_NOW = {"reject": "tempfail"}  # what stands for an action where it must not be for good
 PERIODS = {60: (60, "an hour"), 3600: (24, "a day")}  # by the seconds of a step: steps, in words
 
 
@@ -1509,14 +1510,16 @@ class Limits:
             del counts[old]
         return sum(counts.values())
 
+    def of(self, account: Account) -> dict[int, int]:
+        """Give the limits that a user has, by step."""
+        limits = {step: of_users.get(account.uid, of_users.get(account.name, of_users.get("*")))
+                  for step, of_users in self.limits.items()}
+        return {step: limit for step, limit in limits.items() if limit is not None}
+
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
         """Count a message, unless it is refused; None if its user is over no limit."""
-        uid, name, limits = account.uid, account.name, {}
-        for step, of_users in self.limits.items():
-            limit = of_users.get(uid, of_users.get(name, of_users.get("*")))
-            if limit is not None:
-                limits[step] = limit
-        action = {"reject": "tempfail"}.get(blocked_action, blocked_action)  # not for good
+        uid, user, limits = account.uid, quote(account.name or account.uid), self.of(account)
+        action = FOR_NOW.get(blocked_action, blocked_action)
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
@@ -1525,7 +1528,6 @@ class Limits:
                     counts, now = self.counts.get((uid, step), {}), int(time.monotonic() // step)
                     counts[now] = counts.get(now, 0) + recipients
                     remember(self.counts, (uid, step), counts, 2 * MOST_REMEMBERED)
-        user = quote(name or uid)
         if over:
             what = f"{user} is over the limit of {limits[over[0]]} recipients {PERIODS[over[0]][1]}"
             complain(f"user={what}", level=WARNING)
@@ -1543,12 +1545,11 @@ def passed() -> Verdict:
 
 def unidentified(why: str, accept: str = "accept") -> Verdict:
     """Do what unidentified_action says ("accept": as told); for now, where the fault is ours."""
-    action = accept if unidentified_action == "accept" else unidentified_action
+    action = {"accept": accept}.get(unidentified_action, unidentified_action)
     if action == "accept":
         return passed()
-    # None of these is the client's doing: no reason to refuse for good.
-    if action == "reject" and why in ("busy", "container", "error", "no-helper", "not-permitted", "timeout"):
-        action = "tempfail"
+    if why in ("busy", "container", "error", "no-helper", "not-permitted", "timeout"):  # none is the client's doing
+        action = FOR_NOW.get(action, action)
     return Verdict(action, "unidentified", UNIDENTIFIED)
 
 
@@ -2153,9 +2154,11 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
         return REMOTE
     dump = lookup.dump
     server = whole_end(server, client, lambda: (one[1:3] for one in dump(0, client.port) if one.inode))
-    mta_end = lookup.find_on_any_device(server, client) if server else None
+    if server is None:
+        return unknown("closed")
+    mta_end = lookup.find_on_any_device(server, client)
     if mta_end is None:
-        return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
+        return unknown("closed") if lookup.is_local(server.address) else REMOTE
     facts = describer.find_in_containers(client, mta_end.source)
     if "uid" not in facts:
         return unknown(facts["why"] if facts["why"] in ("busy", "timeout") else "container")
