@@ -2296,7 +2296,7 @@ def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Ite
     """Check a file of users."""
     try:
         if path:
-            read_entries(path, user.pw_uid if user else os.geteuid())
+            read_entries(path, getattr(user, "pw_uid", os.geteuid()))
     except (OSError, ValueError) as error:
         yield str(error)
 
@@ -2703,7 +2703,7 @@ def status_mask(field: str, of: str = "self") -> int:
 
 def become(user: Optional[pwd.struct_passwd]) -> None:
     """Drop groups, gid and uid for good; None: stay. OSError."""
-    if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
+    if user is None or os.geteuid() == user.pw_uid != 0:
         return
     os.setgroups([])
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
@@ -2769,7 +2769,7 @@ def prepare_policy() -> None:
         users.now()
     if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
-    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
+    limited = any((blocked_mailusers, blocked_mailusers_file, hourly_limits, daily_limits, milter.allowed))
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
 
@@ -2874,11 +2874,10 @@ def takes_signals() -> bool:
 
     Just when it begins to, it may take one that is on its way to the main thread.
     """
-    ours = {str(thread.native_id) for thread in threading.enumerate()}
-    with contextlib.suppress(OSError):  # a thread has ended
-        for thread in set(os.listdir("/proc/self/task")) - ours if LINUX else ():
-            if not status_mask("SigBlk", f"self/task/{thread}") & 1 << signal.SIGTERM - 1:
-                return True
+    ours, term = {thread.native_id for thread in threading.enumerate()}, 1 << signal.SIGTERM - 1
+    with contextlib.suppress(OSError):  # a thread has ended; or there is no such directory
+        others = set(map(int, os.listdir("/proc/self/task"))) - ours
+        return any(not status_mask("SigBlk", f"self/task/{thread}") & term for thread in others)
     return not LINUX
 
 
@@ -2985,8 +2984,7 @@ def main() -> int:
         return check(sources, problems)
     if problems:
         end(EX_CONFIG, *problems)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(LIBC, "mallopt"):  # glibc: else each thread has its own heap, and memory creeps up
         LIBC.mallopt(M_ARENA_MAX, 1)
