@@ -2312,7 +2312,7 @@ def network_problems(networks: list[Any], user: Any) -> Iterator[str]:
 
 
 def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
-    """Check limits; a name that is not found may be of a user who has gone: see "not_found"."""
+    """Check limits; a name that is not found may be of a user who has gone: see "Limits"."""
     for key, limit in limits.items():
         is_name = is_text(ENTRY, key) and not re.match(r"@|\d+$", key)
         if key != "*" and not is_name and not whole(key) and account_by_name(key) is None:
@@ -2427,63 +2427,39 @@ LSOF_CURE = "install lsof and the rule of sudoers.example; if sudo is sudo-rs, s
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 SOCKET_CURE = "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser"
-FAILED: list[str] = []  # what --check found that stops the milter
-OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
+REPORTED: set[str] = set()  # what --check has said: "warn", "FAIL"
 
 
-def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
-    """Print one line of --check; problem: what is not well, or ""; cure: what to do."""
-    if fatal:
-        FAILED.append(what)
-    state = "FAIL" if fatal else "warn" if problem else "ok  "
-    print(f"{state}  {what}" + (f": {problem}" if problem else ""))
-    if problem and cure:
-        print(f"      -> {cure}")
+def report(is_well: bool, what: str, problem: str = "", cure: str = "", state: str = "warn") -> None:
+    """Print that something is well; or what it does, or is, instead, and what to do about it."""
+    if is_well:
+        print(f"ok    {what}", flush=True)
+        return
+    REPORTED.add(state)
+    print(f"{state}  {what}: {problem}\n      -> {cure}", flush=True)
 
 
 def check(sources: dict[str, str], problems: list[str]) -> int:
-    """Show on one screen whether this will work; give the exit status."""
+    """Show on one screen whether this will work, beside what the log says at a start; give the exit status."""
     for problem in problems:
-        report("setting", problem, fatal=True)
+        print(f"FAIL  setting: {problem}")
     if problems:
         return EX_CONFIG
-    report("settings, and the socket's directory")
+    report(True, "settings, and the socket's directory")
     for name, rule in RULES.items():
         value, source = globals()[name], sources.get(name, "the script")
         if value != rule.default:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
     if is_lost(socketname):
-        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
+        report(False, socketname, "is not the socket any more that a milter listens on", SOCKET_CURE)
     try:
         check_lookups(account_by_name(run_as_user))
-        check_names()
+        check_files()
     except (OSError, RuntimeError, ValueError) as error:
-        report("as run_as_user", str(error),
-               "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names", fatal=True)
-    return EX_CONFIG if FAILED else 0
-
-
-def check_names() -> None:
-    """Look whether run_as_user can read the files, and NSS knows all names; OSError, ValueError."""
-    delegated_to(0)
-    named = {name: globals()[name] or () for name in RULES if name.endswith(("_mailusers", "_limits"))}
-    if blocked_mailusers_file:
-        named[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
-    for where, entries in named.items():
-        for entry in not_found(entries):
-            report(f"{where}: {entry}", "is not found", "correct the name, unless it is still to come")
-    incoming = os.path.join(find_queue(), "incoming")
-    readable = os.access(incoming, os.R_OK | os.X_OK)
-    report(f"users: of sendmail(1), from {incoming}", "" if readable else "cannot be read",
-           "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
-
-
-def not_found(entries: Iterable[Any]) -> Iterator[str]:
-    """Give the names in a list of users, or in limits, that NSS does not know."""
-    for entry in map(str, map(unquoted, entries)):
-        if entry != "*" and not entry.isdigit() and look_up_entry(entry, None) is None:
-            yield quote(entry)
+        report(False, "start as run_as_user", f"fails: {error}",
+               "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names", "FAIL")
+    return EX_CONFIG if "FAIL" in REPORTED else 0
 
 
 def postconf(*arguments: str) -> list[str]:
@@ -2504,138 +2480,122 @@ def check_postfix() -> None:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
         lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        report("Postfix", str(error), "with Postfix, correct what it says; with Sendmail, see README, Sendmail")
+        report(False, "Postfix", str(error), "correct what it says; with Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
     # Columns of master.cf(5): the fifth is chroot ("-": no, since Postfix 3.0), the eighth the command.
-    check_smtpd_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
-    early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
-    report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
-           "postconf -e smtpd_forbid_unauth_pipelining=yes")
+    check_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
+    early = settings.get("smtpd_forbid_unauth_pipelining", "")
+    report(early not in ("", "no"), "Postfix: smtpd_forbid_unauth_pipelining",
+           "is off, or not there in this Postfix", "postconf -e smtpd_forbid_unauth_pipelining=yes")
     for name, value in filter(all, settings.items()):
-        kind = name.split("/")[-1]
-        if kind.endswith("_upstream_proxy_protocol") or (
-                kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
-            report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
-                   "allow it only to addresses that no user of this host can have, on a port of its own")
-        if kind == "smtpd_proxy_filter":
-            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
-                   "give local clients a listener with content_filter instead; see README, Content filters")
+        if name.endswith(("smtpd_authorized_xclient_hosts", "_upstream_proxy_protocol")):
+            report(False, f"Postfix: {name} = {value}", "lets who may use it choose the client's endpoints",
+                   "allow it only to addresses that no user of this host can have, on its own port")
+        if name.endswith("smtpd_proxy_filter"):
+            report(False, f"Postfix: {name} = {value}", "shows milters no message that comes in there",
+                   "give local clients a listener with content_filter; see README, Content filters")
 
 
-def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
-    """Look whether Postfix names this socket for both doors, once, and so that a chrooted smtpd finds it."""
-    spool, problem = settings.get("queue_directory", "/"), "it does not"
-
-    def own_paths(milters: str) -> list[str]:
-        paths = re.findall(r"unix:([^\s,{}]+)", milters)
-        return [path for path in paths if os.path.join(spool, path) == socketname]
-    for name, value in settings.items():
-        ours = own_paths(value) if name.split("/")[-1] == "smtpd_milters" else []
-        if ours:
-            hidden = chrooted and ours[0].startswith("/")
-            problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
-            problem = "twice" if len(ours) > 1 else problem
-    mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
-    line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
-    report("Postfix: smtpd_milters names this socket", problem,
-           f"look whether smtpd_milter_maps does: {mapped}" if mapped else
-           f"postconf -e '{line}', beside what is there now")
-    report("Postfix: non_smtpd_milters names this socket",
-           "" if own_paths(settings.get("non_smtpd_milters", "")) else "it does not, and mail of sendmail(1) passes",
-           "postconf -e 'non_smtpd_milters = $smtpd_milters', beside what is there now")
-
-
-def may_be_local(hosts: str) -> bool:
-    """Tell whether a list of hosts can include this host; a table or a name can."""
-    try:
-        networks = [ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
-                    for word in re.split(r"[\s,]+", hosts) if word]
-    except ValueError:
-        return True
-    return any(network.is_loopback or address in network for network in networks for address in own_addresses())
+def check_milters(settings: dict[str, str], chrooted: bool) -> None:
+    """Look whether Postfix names this socket for both doors, once, where a chrooted smtpd finds it."""
+    spool, mapped = settings.get("queue_directory", "/"), settings.get("smtpd_milter_maps")
+    relative = os.path.relpath(socketname, spool)
+    this = re.compile(rf"unix:({re.escape(socketname)}|{re.escape(relative)})(?![^\s,{{}}])")
+    # In main.cf, and in master.cf for services that have their own.
+    named = [this.findall(value) for name, value in settings.items() if re.fullmatch("(.*/)?smtpd_milters", name)]
+    problem, beside = "", ", beside what is there now"
+    cure = f"postconf -e 'smtpd_milters = {{ unix:{relative}, default_action=accept }}'{beside}"
+    if not any(named):
+        problem = "does not name this socket"
+        cure = f"look whether smtpd_milter_maps does: {mapped}" if mapped else cure
+    elif max(map(len, named)) > 1:
+        problem = "names this socket twice"
+    elif chrooted and [socketname] in named:
+        problem = f"names this socket by its whole path, but smtpd is chrooted to {spool}"
+    report(not problem, "Postfix: smtpd_milters", problem, cure)
+    report(bool(this.search(settings.get("non_smtpd_milters", ""))), "Postfix: non_smtpd_milters",
+           "does not name this socket, and mail of sendmail(1) passes",
+           f"postconf -e 'non_smtpd_milters = $smtpd_milters'{beside}")
 
 
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Start as the milter does, and have it name another user and his program."""
-    problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
+    problem, way = too_few_uids(), ""
     if not problem:
-        others = connection_made() if as_root else connections_found()
+        connection = connection_made()
         container = container_made() if container_networks else None
         problem, way = prepare(user)
-    useless = not isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup)
-    report("users: the kernel (sock_diag)", problem, KERNEL_CURE, useless)
-    if useless:
+    works = isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup)
+    report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "warn" if works else "FAIL")
+    if not works:
         return
-    report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
-           "" if cgroup_mount() is not None else "not mounted, all processes are searched",
+    report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted, and all processes are searched",
            "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    check_programs(way, check_users(others, as_root))
+    check_programs(way, check_users(connection))
     if container_networks:
         check_containers(container)
 
 
-def check_containers(end: Optional[Endpoint]) -> None:
-    """Look whether the helper finds a connection in another namespace; None: there is none."""
-    if end is None:
-        report("containers", "not tried, no network namespace can be made here", HELPER_CURE)
-        return
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Call a function; give its result, and how long it took."""
     began = time.perf_counter()
-    facts = SysuserMilter.describer.find_in_containers(end, end)
-    took = (time.perf_counter() - began) * 1e3
-    report(f"containers: a connection in another network namespace, {took:.0f} ms",
-           "" if facts.get("uid") == 0 else facts.get("why", "wrong uid"), HELPER_CURE)
+    return function(*arguments), f"{(time.perf_counter() - began) * 1e6:.0f} us"
 
 
-def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
+def check_users(connection: Optional[tuple[Endpoint, Endpoint, int]]) -> Optional[ClientSocket]:
     """Find the owner of another user's connection; None if that fails."""
-    what, owner = "users: another user's connection", None
-    for client, server, uid in others:  # one that was found can end meanwhile
-        began = time.perf_counter()
-        owner = SysuserMilter.lookup.find_client_socket(client, server)
-        if owner.uid == uid:
-            report(f"{what}, {(time.perf_counter() - began) * 1e6:.0f} us")
-            return owner
-    if owner:
-        report(what, f"not found ({owner.why or 'wrong uid'})",
-               "run this again; in a unit or container, give it the host's network and users", fatal=as_root)
-    else:
-        report("users and programs of others", "not tried, no other user has a connection now",
-               "run this as root" + (", with CAP_SETUID" if as_root else ""))
-    return None
+    what = "users: another user's connection"
+    if connection is None:
+        report(False, what, "was not tried, nor was its program", "run this as root, with CAP_SETUID")
+        return None
+    client, server, uid = connection
+    owner: ClientSocket
+    owner, took = timed(SysuserMilter.lookup.find_client_socket, client, server)
+    report(owner.uid == uid, f"{what}, {took}", f"is named uid={quote(owner.uid)} lookup={owner.why}",
+           "run this again; in a unit or container, give it the host's network and users", "FAIL")
+    return owner if owner.uid == uid else None
 
 
 def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
-    """Find the program of another user's connection, and say what this way cannot do."""
+    """Find the program of that connection, and say what this way cannot do."""
     if way and owner:
-        began = time.perf_counter()
-        facts = SysuserMilter.describer.describe(owner)
-        took = (time.perf_counter() - began) * 1e6
-        found = "" if "why" in facts else f", {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}"
-        cure = HELPER_CURE if way == "the helper" else LSOF_CURE
-        report(f"programs: {way}{found}", facts.get("why", ""), cure)
+        facts, took = timed(SysuserMilter.describer.describe, owner)
+        report("why" not in facts, f"programs: {way}, {took}: {quote(facts.get('program'))}",
+               f"is not found ({facts.get('why')})", HELPER_CURE if way == "the helper" else LSOF_CURE)
     if not way:
-        report("programs: sudo lsof", "not allowed", LSOF_CURE)
+        report(False, "programs: sudo lsof", "is not allowed: programs and root are unknown", LSOF_CURE)
     if way != "the helper":
-        lost = ("" if way else "root and ") + "clients that a NAT rule redirects stay unknown"
-        report("programs: the helper", f"not there, {UNPRIVILEGED}; {lost}", HELPER_CURE)
+        lost = "redirected clients are unknown"
+        report(False, "programs: the helper", f"is not there, {UNPRIVILEGED}: {lost}", HELPER_CURE)
     with contextlib.suppress(FileNotFoundError):
-        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
-            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
+        scope = read_file("/proc/sys/kernel/yama/ptrace_scope").strip()
+        if scope == "3":
+            report(False, "kernel.yama.ptrace_scope = 3", "keeps the helper from asking what clients dialled",
                    "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
-def connections_found() -> OtherUsers:
-    """Give the connections that other users have to this host."""
-    lookup = cast(KernelLookup, SysuserMilter.lookup)
-    for diag in lookup.dump(0, 0):
-        is_other = diag.inode and diag.uid not in (0, os.geteuid())
-        if is_other and lookup.find(diag.destination, diag.source):
-            yield diag.source, diag.destination, diag.uid
+def check_containers(end: Optional[Endpoint]) -> None:
+    """Look whether the helper finds a connection in another namespace; None: there is none."""
+    what = "containers: a connection in another network namespace"
+    if end is None:
+        report(False, what, "was not tried, as none can be made here", HELPER_CURE)
+        return
+    facts, took = timed(SysuserMilter.describer.find_in_containers, end, end)
+    report(facts.get("uid") == 0, f"{what}, {took}", f"is not found ({facts.get('why')})", HELPER_CURE)
 
 
-def connection_made() -> OtherUsers:
-    """Have a process of another user connect to this one; [] if that may not be."""
+def check_files() -> None:
+    """Set up lists and limits, and look whether the queue can be read; OSError."""
+    delegated_to(0)
+    prepare_policy()
+    incoming = os.path.join(find_queue(), "incoming")
+    report(os.access(incoming, os.R_OK | os.X_OK), f"users: of sendmail(1), from {incoming}", "cannot be read",
+           "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
+
+
+def connection_made() -> Optional[tuple[Endpoint, Endpoint, int]]:
+    """Have a process of another user connect to this one; give both ends, and its uid, if that may be."""
     # In a container that does not map all uids, 65534 stands for the others.
     user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
     listener, null = socket.create_server(("127.0.0.1", 0)), subprocess.DEVNULL
@@ -2647,9 +2607,9 @@ def connection_made() -> OtherUsers:
                          user=user.pw_uid, group=user.pw_gid, extra_groups=[])
         accepted, client = listener.accept()  # before, it is nobody's, see client_socket
     except OSError:
-        return []
+        return None
     accepted.detach()
-    return [(endpoint(*client), endpoint(*server), user.pw_uid)]
+    return endpoint(*client), endpoint(*server), user.pw_uid
 
 
 def container_made() -> Optional[Endpoint]:

@@ -775,7 +775,7 @@ def test_delegations_that_cannot_be_read_are_said(make_milter: Callable, subuid:
         milter.wait_lines("ERROR the directory service (NSS) could not be asked: \"[Errno 13] Permission denied: '/etc/subuid'\"")
     check = make_milter(args=["--check"])
     assert check.run() == ms.EX_CONFIG
-    assert re.search("^FAIL  as run_as_user: .*Permission denied.*/etc/subuid", check.log(), re.M)
+    assert re.search("^FAIL  start as run_as_user: .*Permission denied.*/etc/subuid", check.log(), re.M)
 
 
 @pytest.fixture
