@@ -2439,12 +2439,8 @@ def report(is_well: bool, what: str, problem: str = "", cure: str = "", state: s
     print(f"{state}  {what}: {problem}\n      -> {cure}", flush=True)
 
 
-def check(sources: dict[str, str], problems: list[str]) -> int:
+def check(sources: dict[str, str]) -> int:
     """Show on one screen whether this will work, beside what the log says at a start; give the exit status."""
-    for problem in problems:
-        print(f"FAIL  setting: {problem}")
-    if problems:
-        return EX_CONFIG
     report(True, "settings, and the socket's directory")
     for name, rule in RULES.items():
         value, source = globals()[name], sources.get(name, "the script")
@@ -2940,10 +2936,10 @@ def main() -> int:
     sources, problems = take_settings_file(values)
     problems += settings_problems(values, sources)
     globals().update(values)
-    if arguments.check:
-        return check(sources, problems)
     if problems:
         end(EX_CONFIG, *problems)
+    if arguments.check:
+        return check(sources)
     most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(LIBC, "mallopt"):  # glibc: else each thread has its own heap, and memory creeps up
