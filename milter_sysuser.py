@@ -1418,7 +1418,7 @@ def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = 
 ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
                        (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
 # A line of the file: an entry, in quotes or not; a comment, which no "#" between letters begins.
-LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
+LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?\Z""", re.VERBOSE)
 MOST_FILE_BYTES = 1 << 20  # of a list of users
 
 
@@ -1454,8 +1454,7 @@ def read_entries(path: str, trusted_uid: int) -> list[str]:
     """Read a file of users, which root or that uid must own; OSError, ValueError."""
     entries = []
     for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
-        parts = LINE.fullmatch(line)
-        entry = unquoted((parts[1] if parts else line).strip())
+        entry = unquoted(LINE.findall(line)[0].strip())
         entries.append(entry)
         for problem in entry_problems(filter(None, [entry])):
             raise ValueError(f"{path}, line {number}: {problem}")
@@ -1495,7 +1494,7 @@ class Limits:
     def look_up(self, key: None, last: None) -> None:
         """Ask NSS for the uids of names, as one uid can have several; say which nobody has."""
         for setting, limits in zip(("hourly_limits", "daily_limits"), self.limits.values()):
-            for name in [name for name in limits if isinstance(name, str) and name != "*"]:
+            for name in [name for name in limits if is_text("[^*].*", name)]:
                 entry = account_by_name(name)
                 if entry:
                     limits[entry.pw_uid] = limits[name]
@@ -2522,10 +2521,10 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
         connection = connection_made()
         container = container_made() if container_networks else None
         problem, way = prepare(user)
-    works = isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup)
-    report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "warn" if works else "FAIL")
-    if not works:
+    if not isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup):
+        report(False, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "FAIL")
         return
+    report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE)
     report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted, and all processes are searched",
            "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
     check_programs(way, check_users(connection))
