@@ -942,12 +942,6 @@ def mapped_uids() -> int:
         return ALL_UIDS
 
 
-def too_few_uids() -> str:
-    """Say that this user namespace is of no use to us, or ""."""
-    few = "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
-    return few if mapped_uids() < ENOUGH_UIDS else ""
-
-
 def why_not_root(port: int, facts: Facts) -> str:
     """Say why root must not be named for a socket that root made, or "".
 
@@ -2453,7 +2447,7 @@ def check(sources: dict[str, str]) -> int:
         check_files()
     except (OSError, RuntimeError, ValueError) as error:
         report(False, "start as run_as_user", f"fails: {error}",
-               "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names", "FAIL")
+               "mend what the line names; to become that user takes CAP_SETUID and CAP_SETGID", "FAIL")
     return EX_CONFIG if "FAIL" in REPORTED else 0
 
 
@@ -2516,12 +2510,10 @@ def check_milters(settings: dict[str, str], chrooted: bool) -> None:
 
 def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     """Start as the milter does, and have it name another user and his program."""
-    problem, way = too_few_uids(), ""
-    if not problem:
-        connection = connection_made()
-        container = container_made() if container_networks else None
-        problem, way = prepare(user)
-    if not isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup):
+    connection = connection_made()
+    container = container_made() if container_networks else None
+    problem, way = prepare(user)
+    if not isinstance(SysuserMilter.lookup, KernelLookup):
         report(False, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "FAIL")
         return
     report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE)
@@ -2697,6 +2689,8 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
 
     Give what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or "".
     """
+    if mapped_uids() < ENOUGH_UIDS:
+        raise RuntimeError("this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)")
     try:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
@@ -2733,9 +2727,7 @@ def run() -> NoReturn:
     """Serve the MTA until told to stop."""
     # Threads begin in "prepare", and none may take these: the main thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    doing, problem = socketname, too_few_uids()
-    if problem:
-        end(EX_FAILED, problem)
+    doing = socketname
     try:
         if not handed_over() and os.path.lexists(socketname):
             if is_served(socketname):

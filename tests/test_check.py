@@ -149,8 +149,8 @@ def test_a_user_namespace_is_a_failure(check: Any) -> None:
         pytest.skip("no user namespace can be made here")
     found = check(prefix=["unshare", "-Ur"], run_as_user=None)
     assert found.status == 78
-    assert "maps too few uids" in found.line("users: the kernel")
-    assert "PrivateUsers=" in found.cure("users: the kernel")
+    assert "maps too few uids" in found.line("start as run_as_user")
+    assert "PrivateUsers=" in found.line("start as run_as_user")
 
 
 def test_a_container_with_all_its_users_is_well(check: Any, container: Callable) -> None:
