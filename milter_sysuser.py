@@ -2415,39 +2415,46 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- --check
-HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof and the rule of sudoers.example; if sudo is sudo-rs, start the milter as root"
+CURES = {
+    "the helper": "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH",
+    "sudo lsof": "install lsof and the rule of sudoers.example; if sudo is sudo-rs, start as root",
+}
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 SOCKET_CURE = "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser"
 REPORTED: set[str] = set()  # what --check has said: "warn", "FAIL"
 
 
-def report(is_well: bool, what: str, problem: str = "", cure: str = "", state: str = "warn") -> None:
-    """Print that something is well; or what it does, or is, instead, and what to do about it."""
-    if is_well:
-        print(f"ok    {what}", flush=True)
-        return
+def warn(what: str, problem: str, cure: str, state: str = "warn") -> None:
+    """Print what something does, or is, that is not well, and what to do about it."""
     REPORTED.add(state)
     print(f"{state}  {what}: {problem}\n      -> {cure}", flush=True)
 
 
+def report(is_well: bool, what: str, problem: str, cure: str, state: str = "warn") -> None:
+    """Print that something is well, or warn of it."""
+    if is_well:
+        print(f"ok    {what}", flush=True)
+    else:
+        warn(what, problem, cure, state)
+
+
 def check(sources: dict[str, str]) -> int:
-    """Show on one screen whether this will work, beside what the log says at a start; give the exit status."""
-    report(True, "settings, and the socket's directory")
+    """Show on one screen whether this will work, and log what a start logs; give the exit status."""
+    print("ok    settings, and the socket's directory")
     for name, rule in RULES.items():
         value, source = globals()[name], sources.get(name, "the script")
         if value != rule.default:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
     if is_lost(socketname):
-        report(False, socketname, "is not the socket any more that a milter listens on", SOCKET_CURE)
+        warn(socketname, "is not the socket any more that a milter listens on", SOCKET_CURE)
     try:
         check_lookups(account_by_name(run_as_user))
         check_files()
     except (OSError, RuntimeError, ValueError) as error:
-        report(False, "start as run_as_user", f"fails: {error}",
-               "mend what the line names; to become that user takes CAP_SETUID and CAP_SETGID", "FAIL")
+        warn("start as run_as_user", f"fails: {error}",
+             "mend what the line names; to become that user takes CAP_SETUID and CAP_SETGID", "FAIL")
     return EX_CONFIG if "FAIL" in REPORTED else 0
 
 
@@ -2469,7 +2476,7 @@ def check_postfix() -> None:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
         lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        report(False, "Postfix", str(error), "correct what it says; with Sendmail, see README, Sendmail")
+        warn("Postfix", str(error), "correct what it says; with Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
     # Columns of master.cf(5): the fifth is chroot ("-": no, since Postfix 3.0), the eighth the command.
@@ -2479,11 +2486,11 @@ def check_postfix() -> None:
            "is off, or not there in this Postfix", "postconf -e smtpd_forbid_unauth_pipelining=yes")
     for name, value in filter(all, settings.items()):
         if name.endswith(("smtpd_authorized_xclient_hosts", "_upstream_proxy_protocol")):
-            report(False, f"Postfix: {name} = {value}", "lets who may use it choose the client's endpoints",
-                   "allow it only to addresses that no user of this host can have, on its own port")
+            warn(f"Postfix: {name} = {value}", "lets who may use it choose the client's endpoints",
+                 "allow it only to addresses that no user of this host can have, on its own port")
         if name.endswith("smtpd_proxy_filter"):
-            report(False, f"Postfix: {name} = {value}", "shows milters no message that comes in there",
-                   "give local clients a listener with content_filter; see README, Content filters")
+            warn(f"Postfix: {name} = {value}", "shows milters no message that comes in there",
+                 "give local clients a listener with content_filter; see README, Content filters")
 
 
 def check_milters(settings: dict[str, str], chrooted: bool) -> None:
@@ -2492,7 +2499,7 @@ def check_milters(settings: dict[str, str], chrooted: bool) -> None:
     relative = os.path.relpath(socketname, spool)
     this = re.compile(rf"unix:({re.escape(socketname)}|{re.escape(relative)})(?![^\s,{{}}])")
     # In main.cf, and in master.cf for services that have their own.
-    named = [this.findall(value) for name, value in settings.items() if re.fullmatch("(.*/)?smtpd_milters", name)]
+    named = [this.findall(value) for name, value in settings.items() if re.search(r"\bsmtpd_milters$", name)]
     problem, beside = "", ", beside what is there now"
     cure = f"postconf -e 'smtpd_milters = {{ unix:{relative}, default_action=accept }}'{beside}"
     if not any(named):
@@ -2514,10 +2521,10 @@ def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
     container = container_made() if container_networks else None
     problem, way = prepare(user)
     if not isinstance(SysuserMilter.lookup, KernelLookup):
-        report(False, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "FAIL")
+        warn("users: the kernel (sock_diag)", problem, KERNEL_CURE, "FAIL")
         return
     report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE)
-    report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted, and all processes are searched",
+    report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted: all processes are searched",
            "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
     check_programs(way, check_users(connection))
     if container_networks:
@@ -2534,12 +2541,12 @@ def check_users(connection: Optional[tuple[Endpoint, Endpoint, int]]) -> Optiona
     """Find the owner of another user's connection; None if that fails."""
     what = "users: another user's connection"
     if connection is None:
-        report(False, what, "was not tried, nor was its program", "run this as root, with CAP_SETUID")
+        warn(what, "was not tried, nor was its program", "run this as root, with CAP_SETUID")
         return None
     client, server, uid = connection
     owner: ClientSocket
     owner, took = timed(SysuserMilter.lookup.find_client_socket, client, server)
-    report(owner.uid == uid, f"{what}, {took}", f"is named uid={quote(owner.uid)} lookup={owner.why}",
+    report(owner.uid == uid, f"{what}, {took}", f"has uid={quote(owner.uid)} lookup={owner.why}",
            "run this again; in a unit or container, give it the host's network and users", "FAIL")
     return owner if owner.uid == uid else None
 
@@ -2549,27 +2556,28 @@ def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
     if way and owner:
         facts, took = timed(SysuserMilter.describer.describe, owner)
         report("why" not in facts, f"programs: {way}, {took}: {quote(facts.get('program'))}",
-               f"is not found ({facts.get('why')})", HELPER_CURE if way == "the helper" else LSOF_CURE)
-    if not way:
-        report(False, "programs: sudo lsof", "is not allowed: programs and root are unknown", LSOF_CURE)
+               f"is not found ({facts.get('why')})", CURES[way])
+    else:
+        report(bool(way), f"programs: {way or 'sudo lsof'}", "is not allowed: programs and root are unknown",
+               CURES["sudo lsof"])
     if way != "the helper":
         lost = "redirected clients are unknown"
-        report(False, "programs: the helper", f"is not there, {UNPRIVILEGED}: {lost}", HELPER_CURE)
+        warn("programs: the helper", f"is not there, {UNPRIVILEGED}: {lost}", CURES["the helper"])
     with contextlib.suppress(FileNotFoundError):
         scope = read_file("/proc/sys/kernel/yama/ptrace_scope").strip()
         if scope == "3":
-            report(False, "kernel.yama.ptrace_scope = 3", "keeps the helper from asking what clients dialled",
-                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
+            warn("kernel.yama.ptrace_scope = 3", "keeps the helper from asking what clients dialled",
+                 "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
 def check_containers(end: Optional[Endpoint]) -> None:
     """Look whether the helper finds a connection in another namespace; None: there is none."""
     what = "containers: a connection in another network namespace"
     if end is None:
-        report(False, what, "was not tried, as none can be made here", HELPER_CURE)
+        warn(what, "was not tried, as none can be made here", CURES["the helper"])
         return
     facts, took = timed(SysuserMilter.describer.find_in_containers, end, end)
-    report(facts.get("uid") == 0, f"{what}, {took}", f"is not found ({facts.get('why')})", HELPER_CURE)
+    report(facts.get("uid") == 0, f"{what}, {took}", f"is not found ({facts.get('why')})", CURES["the helper"])
 
 
 def check_files() -> None:
@@ -2582,7 +2590,7 @@ def check_files() -> None:
 
 
 def connection_made() -> Optional[tuple[Endpoint, Endpoint, int]]:
-    """Have a process of another user connect to this one; give both ends, and its uid, if that may be."""
+    """Have a process of another user connect to this one; give both ends and its uid, or None."""
     # In a container that does not map all uids, 65534 stands for the others.
     user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
     listener, null = socket.create_server(("127.0.0.1", 0)), subprocess.DEVNULL
@@ -2600,7 +2608,7 @@ def connection_made() -> Optional[tuple[Endpoint, Endpoint, int]]:
 
 
 def container_made() -> Optional[Endpoint]:
-    """Have a process connect to itself in a network namespace of its own; give its end, None if it may not."""
+    """Have a process connect to itself in a network namespace of its own; give its end, or None."""
     near, far = socket.socketpair()
     if os.fork() == 0:
         try:
@@ -2690,7 +2698,7 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
     Give what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or "".
     """
     if mapped_uids() < ENOUGH_UIDS:
-        raise RuntimeError("this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)")
+        raise RuntimeError("this user namespace maps too few uids to tell users apart (PrivateUsers=?)")
     try:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
