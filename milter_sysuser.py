@@ -1186,15 +1186,15 @@ def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, di
     names, text = {}, b""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         text = file.read()
-    name, number = rb"^\s*([^\s:@][^:\n]*):", rb"(\d{1,10})"  # "@" would stand for a group
+    named, digits = rb"^\s*([^\s:@][^:\n]*):", rb"(\d{1,10})"  # "@" would stand for a group
     password = b"" if path == "/etc/subuid" else rb"[^:\n]*:"
-    pattern = name + password + number + b":(?:" + number + rb"(?![^:\s]))?"
+    pattern = named + password + digits + b":(?:" + digits + rb"(?![^:\s]))?"
     lines = re.findall(pattern, text, re.MULTILINE)
     entries = [(int(number), os.fsdecode(name), int(behind or 0)) for name, number, behind in lines]
-    for one, called, behind in sorted(entries):
-        names.setdefault(one, {})[called] = behind
+    for number, name, behind in sorted(entries):
+        names.setdefault(number, {})[name] = behind
     # Of several lines with one name the first counts.
-    return {called: one for one, called, _ in reversed(entries)}, names
+    return {name: number for number, name, _ in reversed(entries)}, names
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
