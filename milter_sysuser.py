@@ -2434,7 +2434,16 @@ def check(sources: dict[str, str]) -> int:
     if is_lost(socketname):
         warn(socketname, "is not the socket any more that a milter listens on", SOCKET_CURE)
     try:
-        check_lookups(account_by_name(run_as_user))
+        # Both take the privilege that "prepare" drops.
+        connection = connection_made()
+        container = container_made() if container_networks else None
+        problem, way = prepare(account_by_name(run_as_user))
+        works = isinstance(SysuserMilter.lookup, KernelLookup)
+        report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "warn" if works else "FAIL")
+        if works:
+            check_programs(way, check_users(connection))
+            if container_networks:
+                check_containers(container)
         check_files()
     except (OSError, RuntimeError, ValueError) as error:
         warn("start as run_as_user", f"fails: {error}",
@@ -2499,22 +2508,6 @@ def check_milters(settings: dict[str, str], chrooted: bool) -> None:
            f"postconf -e 'non_smtpd_milters = $smtpd_milters'{beside}")
 
 
-def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
-    """Start as the milter does, and have it name another user and his program."""
-    connection = connection_made()
-    container = container_made() if container_networks else None
-    problem, way = prepare(user)
-    if not isinstance(SysuserMilter.lookup, KernelLookup):
-        warn("users: the kernel (sock_diag)", problem, KERNEL_CURE, "FAIL")
-        return
-    report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE)
-    report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted: all processes are searched",
-           "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    check_programs(way, check_users(connection))
-    if container_networks:
-        check_containers(container)
-
-
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
     """Call a function; give its result, and how long it took."""
     began = time.perf_counter()
@@ -2537,6 +2530,8 @@ def check_users(connection: Optional[tuple[Endpoint, Endpoint, int]]) -> Optiona
 
 def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
     """Find the program of that connection, and say what this way cannot do."""
+    report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted: all processes are searched",
+           "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
     if way and owner:
         facts, took = timed(SysuserMilter.describer.describe, owner)
         report("why" not in facts, f"programs: {way}, {took}: {quote(facts.get('program'))}",
