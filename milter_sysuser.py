@@ -42,6 +42,7 @@ import grp
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import pwd
 import queue
@@ -946,12 +947,6 @@ def mapped_uids() -> int:
         return ALL_UIDS
 
 
-def too_few_uids() -> str:
-    """Say that this user namespace is of no use to us, or ""."""
-    few = "this user namespace maps too few uids to tell users apart (PrivateUsers= in the unit?)"
-    return few if mapped_uids() < ENOUGH_UIDS else ""
-
-
 def why_not_root(port: int, facts: Facts) -> str:
     """Say why root must not be named for a socket that root made, or "".
 
@@ -1003,14 +998,12 @@ def read_submitter(queue_id: str, queue: str) -> ClientSocket:
 
 def read_top(records: Iterator[tuple[bytes, bytes]]) -> tuple[bool, bytes]:
     """Tell whether the MTA itself wrote a message, and what it begins with; ValueError."""
-    is_own = False
-    for kind, data in records:
-        is_own |= (kind, data) == (b"A", b"log_message_origin=local")
-        if kind == b"M":
-            break
-    head = [record for _, record in zip(range(100), records)]
+    envelope = itertools.takewhile(lambda record: record[0] != b"M", records)
+    is_own = operator.countOf(envelope, (b"A", b"log_message_origin=local")) > 0
+    first = next(records, (b"", b""))
+    head = [first, *itertools.islice(records, 99)]
     top = b"\n".join(data for kind, data in head if kind in (b"N", b"L"))
-    if head and head[0][0] == b"p":  # other milters have put headers above the first
+    if first[0] == b"p":  # other milters have put headers above the first
         top = top[top.find(b"Received:"):]
     return is_own, top
 
@@ -1051,7 +1044,6 @@ def read_records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 # --------------------------------------------------------- policy: who that is, and what he may do
 FIRST_SECONDS, AGAIN_SECONDS = 3.0, 0.3  # to wait for NSS: about someone new, about someone known
 REFRESH_SECONDS = 60  # to believe what NSS said
-MOST_WARNED = 1000  # entries to look up for a warning
 MOST_QUESTIONS = 100  # that NSS has not answered yet; each has a thread
 NO_GID, NGROUPS_MAX = (1 << 32) - 1, 65536  # no group's, chown(2); of a process, linux/limits.h
 NSS = ctypes.CDLL(None)  # CDLL: a call gives up the interpreter's lock, as one that may hang has to
@@ -1109,10 +1101,10 @@ class Directory:
         answers = self.answers.setdefault(function, {})
         patience = AGAIN_SECONDS if key in answers or self.ending else FIRST_SECONDS
         until = time.monotonic() + patience
-        for last in False, False, True:  # the first may have been put before the state changed
+        for tries_left in 2, 1, 0:  # the first question may have been put before the state changed
             value, asked_at, state_then = answers.get(key, NOT_ANSWERED)
             is_current = state_then == state and time.monotonic() - asked_at < REFRESH_SECONDS
-            if is_current or last:
+            if is_current or not tries_left:
                 break
             asked_at, answered = self.begin(function, key, state)
             if in_session:
@@ -1162,10 +1154,10 @@ def note_lack(what: str, lacks: bool) -> None:
     What was not asked for in the last two minutes is forgotten.
     """
     lacked, now = bool(LACKING), time.monotonic()
-    LACKING[what] = now
-    for other, noted_at in list(LACKING.items()):
-        if now - noted_at > 2 * REFRESH_SECONDS or (other == what and not lacks):
-            LACKING.pop(other, None)
+    LACKING[what] = now if lacks else float("-inf")
+    for noted, noted_at in list(LACKING.items()):
+        if now - noted_at > 2 * REFRESH_SECONDS:
+            LACKING.pop(noted, None)
     if lacked != bool(LACKING):
         say(WARNING, "the directory service (NSS) " + (
             f"lacks what it had ({quote(what)}): whoever was in a group stays in it, and nobody is refused for good "
@@ -1200,20 +1192,25 @@ def read_local_file(path: str, state: Any) -> tuple[dict[str, int], dict[int, di
     names, text = {}, b""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         text = file.read()
-    # Name (none begins with "@", which stands for a group), password but in /etc/subuid, numbers.
-    lines = re.findall(rb"^\s*([^\s:@][^:\n]*):(?:[^:\n]*:)?(\d{1,10}):(?:(\d{1,10})(?![^:\s]))?", text, re.MULTILINE)
+    named, digits = rb"^\s*([^\s:@][^:\n]*):", rb"(\d{1,10})"  # "@" would stand for a group
+    password = b"" if path == "/etc/subuid" else rb"[^:\n]*:"
+    pattern = named + password + digits + b":(?:" + digits + rb"(?![^:\s]))?"
+    lines = re.findall(pattern, text, re.MULTILINE)
     entries = [(int(number), os.fsdecode(name), int(behind or 0)) for name, number, behind in lines]
     for number, name, behind in sorted(entries):
         names.setdefault(number, {})[name] = behind
-    return {name: number for number, name, _ in reversed(entries)}, names  # of a name's lines the first counts
+    # Of several lines with one name the first counts.
+    return {name: number for number, name, _ in reversed(entries)}, names
 
 
 def look_up_account(uid: int, last: Optional[Account]) -> Account:
     """Ask NSS who has a uid, or whom it is delegated to; last: what it said before. OSError."""
-    account, delegates = account_of(uid, uid, last), delegated_to(uid)
-    if account.name or len(delegates) > 1:  # a range of its own, or root's, takes nothing away
-        own = {account.name, str(uid), "root", "0", *local_file("/etc/passwd")[1].get(uid, {})}
-        return account._replace(doubt="error" if set(delegates) - own else "")
+    account = account_of(uid, uid, last)
+    # A range of the account's own, or root's, takes nothing away from it.
+    local_names = local_file("/etc/passwd")[1].get(uid, {})
+    delegates = delegated_to(uid, {account.name, str(uid), *local_names})
+    if len({account.name, *delegates} - {None}) > 1:  # more than one user's
+        return account._replace(doubt="error")
     if delegates:
         delegate = look_up_entry(delegates[0], None)
         account = said_by_subuid(uid) if delegate is None else account_of(uid, delegate, last)
@@ -1236,9 +1233,10 @@ def account_of(kernel_uid: int, uid: int, last: Optional[Account]) -> Account:
     names = {**local_names, entry.pw_name: entry.pw_gid}
     said = {gid for name in names for gid in groups_of(name)}
     gids = said | set(names.values())
-    is_same = last and last.uid == uid and last.name in names
     local_groups = local_file("/etc/group")[1].keys()  # which show who is in them
-    lost = last.gids - gids - local_groups if last and is_same else frozenset()
+    lost: frozenset[int] = frozenset()
+    if last and last.uid == uid and last.name in names:
+        lost = last.gids - gids - local_groups
     gids |= kept_groups(entry.pw_name, lost, not said <= local_groups)
     return Account(kernel_uid, uid, entry.pw_name, frozenset(gids), True, local=entry.pw_name in local_names)
 
@@ -1250,20 +1248,20 @@ def groups_of(name: str) -> set[int]:
     return set(gids[:count.value]) - {NO_GID}
 
 
-def kept_groups(name: str, lost: frozenset[int], whole: bool) -> set[int]:
+def kept_groups(name: str, lost: frozenset[int], is_up: bool) -> set[int]:
     """Give which groups a user keeps of those that he had and NSS gives him no more.
 
-    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps one
-    that cannot be found either, and one that names him, or names nobody, as the groups of some
-    directories do, unless a directory gave other groups of his (whole).
+    getgrouplist(3) does not say that a directory has failed, it gives fewer groups. So he keeps a
+    group that cannot be found either, and one that still names him. The groups of some directories
+    name nobody: he keeps those, too, unless a directory gave other groups of his, and so is up.
     """
-    members = {}
+    found = {}
     for gid in lost:
         with contextlib.suppress(KeyError):
-            members[gid] = grp.getgrgid(gid).gr_mem
-    doubtful = {gid for gid, names in members.items() if name in names or not (names or whole)}
-    note_lack(f"groups of {name}", bool(doubtful))
-    return doubtful | (lost - members.keys())
+            found[gid] = grp.getgrgid(gid).gr_mem
+    still_his = {gid for gid, members in found.items() if name in members or not (members or is_up)}
+    note_lack(f"groups of {name}", bool(still_his))
+    return still_his | (lost - found.keys())
 
 
 def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
@@ -1273,14 +1271,11 @@ def account_by_name(name: Any) -> Optional[pwd.struct_passwd]:
     return None
 
 
-def delegated_to(uid: int) -> list[str]:
-    """Give the users (names or numbers) a uid is delegated to; [] if to root only. OSError."""
-    delegates: set[str] = set()
-    for first, users in local_file("/etc/subuid")[1].items():
-        if first > uid:
-            break
-        delegates |= {name for name, count in users.items() if uid < first + count}
-    return sorted(delegates) if delegates - {"root", "0"} else []
+def delegated_to(uid: int, own: Iterable[Optional[str]] = ()) -> list[str]:
+    """Give the users (names or numbers) a uid is delegated to; [] if only root or these. OSError."""
+    ranges = itertools.takewhile(lambda one: one[0] <= uid, local_file("/etc/subuid")[1].items())
+    delegates = {name for first, users in ranges for name, count in users.items() if uid < first + count}
+    return sorted(delegates) if delegates - {"root", "0", *own} else []
 
 
 def said_by_subuid(uid: int) -> Account:
@@ -1330,32 +1325,24 @@ class UserList:
 
     def look_up(self, key: None, last: Any) -> dict[str, Optional[int]]:
         """Find the uid or gid of each name that is listed; None if it has none."""
-        state, numbers = state_of_files(), {}
-        for entry in self.listed:
-            if not entry.isdigit():
-                path = "/etc/group" if entry.startswith("@") else "/etc/passwd"
-                numbers[entry] = local_file(path)[0].get(entry.lstrip("@"))
+        state, groups = state_of_files(), local_file("/etc/group")[0]
+        local = {**local_file("/etc/passwd")[0], **{f"@{name}": gid for name, gid in groups.items()}}
+        numbers = {entry: local.get(entry) for entry in self.listed if not entry.isdigit()}
         others = [entry for entry, number in numbers.items() if number is None]
         for entry in others[:MOST_QUESTIONS // 2]:  # before the first is waited for; the rest is senders'
             self.directory.begin(look_up_entry, entry, state)
         for entry in others:
             numbers[entry], is_current = self.directory.ask(look_up_entry, entry, state, in_session=False)
             if is_current and numbers[entry] is None:
-                self.warn(entry, "is not found; it is looked for again every minute")
+                self.warn(entry)
         return numbers
 
-    def warn(self, entry: str, what: str) -> None:
-        """Log something about an entry, once."""
+    def warn(self, entry: str) -> None:
+        """Log once that an entry is not found."""
         if entry not in self.warned:
             self.warned.add(entry)
             where = self.setting if entry in self.fixed else self.path
-            say(WARNING, f"{where}: {quote(entry)} {what}")
-
-    def warn_of_doubles(self, key: None, last: None) -> None:
-        """Say of digits that there is a user of that name, too."""
-        for entry in self.listed[:MOST_WARNED]:
-            if entry.isdigit() and account_by_name(entry):
-                self.warn(entry, "is a uid and also the name of a user; both are meant")
+            say(WARNING, f"{where}: {quote(entry)} is not found; it is looked for again every minute")
 
     def _reread(self, path: str) -> None:
         state, problem = state_of(path), ""
@@ -1410,7 +1397,7 @@ def is_listed(account: Account, entries: Entries) -> bool:
 def is_unsaid(account: Account, entries: Entries) -> bool:
     """Tell whether a list may turn out to have an account, as NSS has not said all of it yet."""
     if account.answered:
-        return account.name is None and bool(entries.gids or entries.unresolved)
+        return account.name is None and any((entries.gids, entries.unresolved))
     return any(entries)
 
 
@@ -1431,7 +1418,7 @@ def refusal_of(account: Account, blocked: Entries, allowed: Optional[Entries] = 
 ENTRY = re.compile(r"""@?[^\s\x00-\x1f\x7f\ud800-\udfff@:*"]
                        (?:[^\s\x00-\x1f\x7f\ud800-\udfff:*"]|[ ])*(?<![ ])""", re.VERBOSE)
 # A line of the file: an entry, in quotes or not; a comment, which no "#" between letters begins.
-LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?""", re.VERBOSE)
+LINE = re.compile(r"""\s*(@?"[^"]*"|(?:[^#]|(?<=[^\s"])\#(?=\S))*)\s*(?:\#.*)?\Z""", re.VERBOSE)
 MOST_FILE_BYTES = 1 << 20  # of a list of users
 
 
@@ -1440,18 +1427,23 @@ def whole(value: Any, most: int = 1 << 63) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
+def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
+    """Tell whether it is a text that matches a pattern as a whole."""
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
 def entry_problems(entries: Iterable[Any]) -> Iterator[str]:
     """Say what is wrong with the entries of a list of users."""
     for entry in entries:
-        number = int(entry) if isinstance(entry, str) and re.fullmatch("[0-9]{1,10}", entry) else entry
-        is_name = isinstance(entry, str) and ENTRY.fullmatch(entry) and not entry.isdigit()
+        number = int(entry) if is_text("[0-9]{1,10}", entry) else entry
+        is_name = is_text(ENTRY, entry) and not entry.isdigit()
         if not is_name and not whole(number, (1 << 32) - 1):
             yield f"{shown(entry)} is not a user name, a numeric uid or \"@group\""
 
 
 def unquoted(entry: Any) -> Any:
     r"""Give an entry that was pasted from the log, quoted and with \xNN, as it was."""
-    if not isinstance(entry, str) or not re.fullmatch(r'@?"(?:[^"\\]|\\x[0-9a-f]{2})+(?<!\.\.\.)"', entry):
+    if not is_text(r'@?"(?:[^"\\]|\\x[0-9a-f]{2})+(?<!\.\.\.)"', entry):
         return entry
     data = entry.replace('"', "").encode("utf-8", "surrogatepass")
     data = re.sub(rb"\\x(..)", lambda code: bytes([int(code[1], 16)]), data)
@@ -1462,12 +1454,11 @@ def read_entries(path: str, trusted_uid: int) -> list[str]:
     """Read a file of users, which root or that uid must own; OSError, ValueError."""
     entries = []
     for number, line in enumerate(read_trusted(path, trusted_uid).split("\n"), 1):
-        parts = LINE.fullmatch(line)
-        entry = unquoted((parts[1] if parts else line).strip())
-        for problem in entry_problems([entry] if entry else []):
+        entry = unquoted(LINE.findall(line)[0].strip())
+        entries.append(entry)
+        for problem in entry_problems(filter(None, [entry])):
             raise ValueError(f"{path}, line {number}: {problem}")
-        entries += [entry] if entry else []
-    return entries
+    return list(filter(None, entries))
 
 
 def read_trusted(path: str, trusted_uid: int) -> str:
@@ -1489,6 +1480,7 @@ def read_trusted(path: str, trusted_uid: int) -> str:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
+FOR_NOW = {"reject": "tempfail"}  # what stands for an action where it must not be for good
 PERIODS = {60: (60, "an hour"), 3600: (24, "a day")}  # by the seconds of a step: steps, in words
 
 
@@ -1502,7 +1494,7 @@ class Limits:
     def look_up(self, key: None, last: None) -> None:
         """Ask NSS for the uids of names, as one uid can have several; say which nobody has."""
         for setting, limits in zip(("hourly_limits", "daily_limits"), self.limits.values()):
-            for name in [name for name in limits if isinstance(name, str) and name != "*"]:
+            for name in [name for name in limits if is_text("[^*].*", name)]:
                 entry = account_by_name(name)
                 if entry:
                     limits[entry.pw_uid] = limits[name]
@@ -1517,14 +1509,16 @@ class Limits:
             del counts[old]
         return sum(counts.values())
 
+    def of(self, account: Account) -> dict[int, int]:
+        """Give the limits that a user has, by step."""
+        limits = {step: of_users.get(account.uid, of_users.get(account.name, of_users.get("*")))
+                  for step, of_users in self.limits.items()}
+        return {step: limit for step, limit in limits.items() if limit is not None}
+
     def verdict(self, account: Account, recipients: int) -> Optional[Verdict]:
         """Count a message, unless it is refused; None if its user is over no limit."""
-        uid, name, limits = account.uid, account.name, {}
-        for step, of_users in self.limits.items():
-            limit = of_users.get(uid, of_users.get(name, of_users.get("*")))
-            if limit is not None:
-                limits[step] = limit
-        action = {"reject": "tempfail"}.get(blocked_action, blocked_action)  # not for good
+        uid, user, limits = account.uid, quote(account.name or account.uid), self.of(account)
+        action = FOR_NOW.get(blocked_action, blocked_action)
         with self.lock:
             sums = {step: self.used(uid, step) + recipients for step in limits}
             over = [step for step in limits if sums[step] > limits[step]]
@@ -1533,7 +1527,6 @@ class Limits:
                     counts, now = self.counts.get((uid, step), {}), int(time.monotonic() // step)
                     counts[now] = counts.get(now, 0) + recipients
                     remember(self.counts, (uid, step), counts, 2 * MOST_REMEMBERED)
-        user = quote(name or uid)
         if over:
             what = f"{user} is over the limit of {limits[over[0]]} recipients {PERIODS[over[0]][1]}"
             complain(f"user={what}", level=WARNING)
@@ -1551,12 +1544,11 @@ def passed() -> Verdict:
 
 def unidentified(why: str, accept: str = "accept") -> Verdict:
     """Do what unidentified_action says ("accept": as told); for now, where the fault is ours."""
-    action = accept if unidentified_action == "accept" else unidentified_action
+    action = {"accept": accept}.get(unidentified_action, unidentified_action)
     if action == "accept":
         return passed()
-    # None of these is the client's doing: no reason to refuse for good.
-    if action == "reject" and why in ("busy", "container", "error", "no-helper", "not-permitted", "timeout"):
-        action = "tempfail"
+    if why in ("busy", "container", "error", "no-helper", "not-permitted", "timeout"):  # none is the client's doing
+        action = FOR_NOW.get(action, action)
     return Verdict(action, "unidentified", UNIDENTIFIED)
 
 
@@ -2178,9 +2170,11 @@ def find_container_client(lookup: Lookup, describer: Describer, client: Endpoint
         return REMOTE
     dump = lookup.dump
     server = whole_end(server, client, lambda: (one[1:3] for one in dump(0, client.port) if one.inode))
-    mta_end = lookup.find_on_any_device(server, client) if server else None
+    if server is None:
+        return unknown("closed")
+    mta_end = lookup.find_on_any_device(server, client)
     if mta_end is None:
-        return REMOTE if server and not lookup.is_local(server.address) else unknown("closed")
+        return unknown("closed") if lookup.is_local(server.address) else REMOTE
     facts = describer.find_in_containers(client, mta_end.source)
     if "uid" not in facts:
         return unknown(facts["why"] if facts["why"] in ("busy", "timeout") else "container")
@@ -2288,42 +2282,21 @@ class Rule(NamedTuple):
     problems: Callable[[Any, Optional[pwd.struct_passwd]], Iterable[str]] = lambda value, user: ()
 
 
-def is_text(pattern: Union[str, re.Pattern[str]], value: Any) -> bool:
-    """Tell whether it is a text that matches a pattern as a whole."""
-    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
-    """Check what is at the socket's path, and its directory."""
-    directory = os.path.dirname(path)
+def socket_problems(path: str, user: Any) -> Iterator[str]:
+    """Check what is at the socket's path; whether run_as_user may write there shows when he tries."""
     if "LISTEN_FDS" in os.environ:
         return  # the service manager has the socket
-    if not os.path.isdir(directory):
-        yield f"there is no directory {directory}"
+    if not os.path.isdir(os.path.dirname(path)):
+        yield f"there is no directory {os.path.dirname(path)}"
     elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         yield "there is something at that path that is not a socket"
-    elif user and not sockets_at(path, "01") and not may_write(directory, user):
-        # One that listens there was made for this user, by the service manager.
-        yield f"user {user.pw_name} may not write to {directory}"
-
-
-def may_write(directory: str, user: pwd.struct_passwd) -> bool:
-    """Ask the kernel, in a child that becomes the user, whether he may make files there."""
-    child = os.fork()
-    if child == 0:
-        try:
-            become(user)
-            os._exit(not os.access(directory, os.W_OK | os.X_OK))
-        finally:  # that the milter may not become the user is told elsewhere
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Iterator[str]:
     """Check a file of users."""
     try:
         if path:
-            read_entries(path, user.pw_uid if user else os.geteuid())
+            read_entries(path, getattr(user, "pw_uid", os.geteuid()))
     except (OSError, ValueError) as error:
         yield str(error)
 
@@ -2339,7 +2312,7 @@ def network_problems(networks: list[Any], user: Any) -> Iterator[str]:
 
 
 def limit_problems(limits: dict[Any, Any], user: Any) -> Iterator[str]:
-    """Check limits; a name that is not found may be of a user who has gone: see "not_found"."""
+    """Check limits; a name that is not found may be of a user who has gone: see "Limits"."""
     for key, limit in limits.items():
         is_name = is_text(ENTRY, key) and not re.match(r"@|\d+$", key)
         if key != "*" and not is_name and not whole(key) and account_by_name(key) is None:
@@ -2449,68 +2422,56 @@ def read_setting(line: str, sources: dict[str, str]) -> tuple[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- --check
-HELPER_CURE = "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-LSOF_CURE = "install lsof and the rule of sudoers.example; if sudo is sudo-rs, start the milter as root"
+CURES = {
+    "the helper": "start the milter as root, or allow it both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH",
+    "sudo lsof": "install lsof and the rule of sudoers.example; if sudo is sudo-rs, start as root",
+}
 KERNEL_CURE = "modprobe tcp_diag; in a unit, allow AF_NETLINK and set no PrivateUsers=; see README, Troubleshooting"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # linux/sched.h, sockios.h, if.h
 SOCKET_CURE = "systemctl stop milter_sysuser.socket milter_sysuser; systemctl start milter_sysuser"
-FAILED: list[str] = []  # what --check found that stops the milter
-OtherUsers = Iterable[tuple[Endpoint, Endpoint, int]]  # connections: both ends, the uid
+REPORTED: set[str] = set()  # what --check has said: "warn", "FAIL"
 
 
-def report(what: str, problem: str = "", cure: str = "", fatal: bool = False) -> None:
-    """Print one line of --check; problem: what is not well, or ""; cure: what to do."""
-    if fatal:
-        FAILED.append(what)
-    state = "FAIL" if fatal else "warn" if problem else "ok  "
-    print(f"{state}  {what}" + (f": {problem}" if problem else ""))
-    if problem and cure:
-        print(f"      -> {cure}")
+def warn(what: str, problem: str, cure: str, state: str = "warn") -> None:
+    """Print what something does, or is, that is not well, and what to do about it."""
+    REPORTED.add(state)
+    print(f"{state}  {what}: {problem}\n      -> {cure}", flush=True)
 
 
-def check(sources: dict[str, str], problems: list[str]) -> int:
-    """Show on one screen whether this will work; give the exit status."""
-    for problem in problems:
-        report("setting", problem, fatal=True)
-    if problems:
-        return EX_CONFIG
-    report("settings, and the socket's directory")
+def report(is_well: bool, what: str, problem: str, cure: str, state: str = "warn") -> None:
+    """Print that something is well, or warn of it."""
+    if is_well:
+        print(f"ok    {what}", flush=True)
+    else:
+        warn(what, problem, cure, state)
+
+
+def check(sources: dict[str, str]) -> int:
+    """Show on one screen whether this will work, and log what a start logs; give the exit status."""
+    print("ok    settings")
     for name, rule in RULES.items():
         value, source = globals()[name], sources.get(name, "the script")
         if value != rule.default:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
     if is_lost(socketname):
-        report(socketname, "is not the socket any more that a milter listens on, and mail passes unseen", SOCKET_CURE)
+        warn(socketname, "is not the socket any more that a milter listens on", SOCKET_CURE)
     try:
-        check_lookups(account_by_name(run_as_user))
-        check_names()
+        # Both take the privilege that "prepare" drops.
+        connection = connection_made()
+        container = container_made() if container_networks else None
+        problem, way = prepare(account_by_name(run_as_user))
+        works = isinstance(SysuserMilter.lookup, KernelLookup)
+        report(not problem, "users: the kernel (sock_diag)", problem, KERNEL_CURE, "warn" if works else "FAIL")
+        if works:
+            check_programs(way, check_users(connection))
+            if container_networks:
+                check_containers(container)
+        check_files()
     except (OSError, RuntimeError, ValueError) as error:
-        report("as run_as_user", str(error),
-               "allow CAP_SETUID and CAP_SETGID, and let that user read what the line names", fatal=True)
-    return EX_CONFIG if FAILED else 0
-
-
-def check_names() -> None:
-    """Look whether run_as_user can read the files, and NSS knows all names; OSError, ValueError."""
-    delegated_to(0)
-    named = {name: globals()[name] or () for name in RULES if name.endswith(("_mailusers", "_limits"))}
-    if blocked_mailusers_file:
-        named[blocked_mailusers_file] = read_entries(blocked_mailusers_file, os.geteuid())
-    for where, entries in named.items():
-        for entry in not_found(entries):
-            report(f"{where}: {entry}", "is not found", "correct the name, unless it is still to come")
-    incoming = os.path.join(find_queue(), "incoming")
-    readable = os.access(incoming, os.R_OK | os.X_OK)
-    report(f"users: of sendmail(1), from {incoming}", "" if readable else "cannot be read",
-           "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
-
-
-def not_found(entries: Iterable[Any]) -> Iterator[str]:
-    """Give the names in a list of users, or in limits, that NSS does not know."""
-    for entry in map(str, map(unquoted, entries)):
-        if entry != "*" and not entry.isdigit() and look_up_entry(entry, None) is None:
-            yield quote(entry)
+        warn("start as run_as_user", f"fails: {error}",
+             "mend what the line names; to become that user takes CAP_SETUID and CAP_SETGID", "FAIL")
+    return EX_CONFIG if "FAIL" in REPORTED else 0
 
 
 def postconf(*arguments: str) -> list[str]:
@@ -2531,138 +2492,111 @@ def check_postfix() -> None:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
         lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        report("Postfix", str(error), "with Postfix, correct what it says; with Sendmail, see README, Sendmail")
+        warn("Postfix", str(error), "correct what it says; with Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
     # Columns of master.cf(5): the fifth is chroot ("-": no, since Postfix 3.0), the eighth the command.
-    check_smtpd_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
-    early = settings.get("smtpd_forbid_unauth_pipelining", "") not in ("", "no")
-    report("Postfix: smtpd_forbid_unauth_pipelining", "" if early else "is off, or this Postfix does not have it",
-           "postconf -e smtpd_forbid_unauth_pipelining=yes")
+    check_milters(settings, any(fields[4:8:3] == ["y", "smtpd"] for fields in services))
+    early = settings.get("smtpd_forbid_unauth_pipelining", "")
+    report(early not in ("", "no"), "Postfix: smtpd_forbid_unauth_pipelining",
+           "is off, or not there in this Postfix", "postconf -e smtpd_forbid_unauth_pipelining=yes")
     for name, value in filter(all, settings.items()):
-        kind = name.split("/")[-1]
-        if kind.endswith("_upstream_proxy_protocol") or (
-                kind == "smtpd_authorized_xclient_hosts" and may_be_local(value)):
-            report(f"Postfix: {name} = {value}", "users of this host can choose the client's endpoints",
-                   "allow it only to addresses that no user of this host can have, on a port of its own")
-        if kind == "smtpd_proxy_filter":
-            report(f"Postfix: {name} = {value}", "milters see no message that comes in there",
-                   "give local clients a listener with content_filter instead; see README, Content filters")
+        if name.endswith(("smtpd_authorized_xclient_hosts", "_upstream_proxy_protocol")):
+            warn(f"Postfix: {name} = {value}", "lets who may use it choose the client's endpoints",
+                 "allow it only to addresses that no user of this host can have, on its own port")
+        if name.endswith("smtpd_proxy_filter"):
+            warn(f"Postfix: {name} = {value}", "shows milters no message that comes in there",
+                 "give local clients a listener with content_filter; see README, Content filters")
 
 
-def check_smtpd_milters(settings: dict[str, str], chrooted: bool) -> None:
-    """Look whether Postfix names this socket for both doors, once, and so that a chrooted smtpd finds it."""
-    spool, problem = settings.get("queue_directory", "/"), "it does not"
-
-    def own_paths(milters: str) -> list[str]:
-        paths = re.findall(r"unix:([^\s,{}]+)", milters)
-        return [path for path in paths if os.path.join(spool, path) == socketname]
-    for name, value in settings.items():
-        ours = own_paths(value) if name.split("/")[-1] == "smtpd_milters" else []
-        if ours:
-            hidden = chrooted and ours[0].startswith("/")
-            problem = f"by its whole path, but smtpd is chrooted to {spool} in master.cf" if hidden else ""
-            problem = "twice" if len(ours) > 1 else problem
-    mapped = settings.get("smtpd_milter_maps") if problem == "it does not" else None
-    line = f"smtpd_milters = {{ unix:{os.path.relpath(socketname, spool)}, default_action=accept }}"
-    report("Postfix: smtpd_milters names this socket", problem,
-           f"look whether smtpd_milter_maps does: {mapped}" if mapped else
-           f"postconf -e '{line}', beside what is there now")
-    report("Postfix: non_smtpd_milters names this socket",
-           "" if own_paths(settings.get("non_smtpd_milters", "")) else "it does not, and mail of sendmail(1) passes",
-           "postconf -e 'non_smtpd_milters = $smtpd_milters', beside what is there now")
-
-
-def may_be_local(hosts: str) -> bool:
-    """Tell whether a list of hosts can include this host; a table or a name can."""
-    try:
-        networks = [ipaddress.ip_network(re.sub(r"[\[\]]", "", word), strict=False)
-                    for word in re.split(r"[\s,]+", hosts) if word]
-    except ValueError:
-        return True
-    return any(network.is_loopback or address in network for network in networks for address in own_addresses())
+def check_milters(settings: dict[str, str], chrooted: bool) -> None:
+    """Look whether Postfix names this socket for both doors, once, where a chrooted smtpd finds it."""
+    spool, mapped = settings.get("queue_directory", "/"), settings.get("smtpd_milter_maps")
+    relative = os.path.relpath(socketname, spool)
+    this = re.compile(rf"unix:({re.escape(socketname)}|{re.escape(relative)})(?![^\s,{{}}])")
+    # In main.cf, and in master.cf for services that have their own.
+    named = [this.findall(value) for name, value in settings.items() if re.search(r"\bsmtpd_milters$", name)]
+    problem, beside = "", ", beside what is there now"
+    cure = f"postconf -e 'smtpd_milters = {{ unix:{relative}, default_action=accept }}'{beside}"
+    if not any(named):
+        problem = "does not name this socket"
+        cure = f"look whether smtpd_milter_maps does: {mapped}" if mapped else cure
+    elif max(map(len, named)) > 1:
+        problem = "names this socket twice"
+    elif chrooted and [socketname] in named:
+        problem = f"names this socket by its whole path, but smtpd is chrooted to {spool}"
+    report(not problem, "Postfix: smtpd_milters", problem, cure)
+    report(bool(this.search(settings.get("non_smtpd_milters", ""))), "Postfix: non_smtpd_milters",
+           "does not name this socket, and mail of sendmail(1) passes",
+           f"postconf -e 'non_smtpd_milters = $smtpd_milters'{beside}")
 
 
-def check_lookups(user: Optional[pwd.struct_passwd]) -> None:
-    """Start as the milter does, and have it name another user and his program."""
-    problem, way, as_root = too_few_uids(), "", os.geteuid() == 0
-    if not problem:
-        others = connection_made() if as_root else connections_found()
-        container = container_made() if container_networks else None
-        problem, way = prepare(user)
-    useless = not isinstance(getattr(SysuserMilter, "lookup", None), KernelLookup)
-    report("users: the kernel (sock_diag)", problem, KERNEL_CURE, useless)
-    if useless:
-        return
-    report("programs: cgroup v2, to find them as fast on a crowded machine as on an empty one",
-           "" if cgroup_mount() is not None else "not mounted, all processes are searched",
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Call a function; give its result, and how long it took."""
+    began = time.perf_counter()
+    return function(*arguments), f"{(time.perf_counter() - began) * 1e6:.0f} us"
+
+
+def check_users(connection: Optional[tuple[Endpoint, Endpoint, int]]) -> Optional[ClientSocket]:
+    """Find the owner of another user's connection; None if that fails."""
+    what = "users: another user's connection"
+    if connection is None:
+        warn(what, "was not tried, nor was its program", "run this as root, with CAP_SETUID")
+        return None
+    client, server, uid = connection
+    owner: ClientSocket
+    owner, took = timed(SysuserMilter.lookup.find_client_socket, client, server)
+    report(owner.uid == uid, f"{what}, {took}", f"has uid={quote(owner.uid)} lookup={owner.why}",
+           "run this again; in a unit or container, give it the host's network and users", "FAIL")
+    return owner if owner.uid == uid else None
+
+
+def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
+    """Find the program of that connection, and say what this way cannot do."""
+    report(cgroup_mount() is not None, "programs: cgroup v2", "is not mounted: all processes are searched",
            "if there are thousands of processes: mount -t cgroup2 none /sys/fs/cgroup/unified")
-    check_programs(way, check_users(others, as_root))
-    if container_networks:
-        check_containers(container)
+    if way and owner:
+        facts, took = timed(SysuserMilter.describer.describe, owner)
+        report("why" not in facts, f"programs: {way}, {took}: {quote(facts.get('program'))}",
+               f"is not found ({facts.get('why')})", CURES[way])
+    else:
+        report(bool(way), f"programs: {way or 'sudo lsof'}", "is not allowed: programs and root are unknown",
+               CURES["sudo lsof"])
+    if way != "the helper":
+        lost = "redirected clients are unknown"
+        warn("programs: the helper", f"is not there, {UNPRIVILEGED}: {lost}", CURES["the helper"])
+    with contextlib.suppress(FileNotFoundError):
+        scope = read_file("/proc/sys/kernel/yama/ptrace_scope").strip()
+        if scope == "3":
+            warn("kernel.yama.ptrace_scope = 3", "keeps the helper from asking what clients dialled",
+                 "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
 
 
 def check_containers(end: Optional[Endpoint]) -> None:
     """Look whether the helper finds a connection in another namespace; None: there is none."""
+    what = "containers: a connection in another network namespace"
     if end is None:
-        report("containers", "not tried, no network namespace can be made here", HELPER_CURE)
+        warn(what, "was not tried, as none can be made here", CURES["the helper"])
         return
-    began = time.perf_counter()
-    facts = SysuserMilter.describer.find_in_containers(end, end)
-    took = (time.perf_counter() - began) * 1e3
-    report(f"containers: a connection in another network namespace, {took:.0f} ms",
-           "" if facts.get("uid") == 0 else facts.get("why", "wrong uid"), HELPER_CURE)
+    facts, took = timed(SysuserMilter.describer.find_in_containers, end, end)
+    report(facts.get("uid") == 0, f"{what}, {took}", f"is not found ({facts.get('why')})", CURES["the helper"])
 
 
-def check_users(others: OtherUsers, as_root: bool) -> Optional[ClientSocket]:
-    """Find the owner of another user's connection; None if that fails."""
-    what, owner = "users: another user's connection", None
-    for client, server, uid in others:  # one that was found can end meanwhile
-        began = time.perf_counter()
-        owner = SysuserMilter.lookup.find_client_socket(client, server)
-        if owner.uid == uid:
-            report(f"{what}, {(time.perf_counter() - began) * 1e6:.0f} us")
-            return owner
-    if owner:
-        report(what, f"not found ({owner.why or 'wrong uid'})",
-               "run this again; in a unit or container, give it the host's network and users", fatal=as_root)
-    else:
-        report("users and programs of others", "not tried, no other user has a connection now",
-               "run this as root" + (", with CAP_SETUID" if as_root else ""))
-    return None
+def check_files() -> None:
+    """Set up lists and limits, and look what run_as_user may read and write; OSError."""
+    delegated_to(0)
+    prepare_policy()
+    # A socket that listens there was made for this user, by the service manager.
+    directory, given = os.path.dirname(socketname), sockets_at(socketname, "01") > 0
+    report(given or os.access(directory, os.W_OK | os.X_OK), f"socket: {directory}",
+           "is not run_as_user's to write to", "choose another directory for socketname, or chown it", "FAIL")
+    incoming = os.path.join(find_queue(), "incoming")
+    report(os.access(incoming, os.R_OK | os.X_OK), f"users: of sendmail(1), from {incoming}", "cannot be read",
+           "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
 
 
-def check_programs(way: str, owner: Optional[ClientSocket]) -> None:
-    """Find the program of another user's connection, and say what this way cannot do."""
-    if way and owner:
-        began = time.perf_counter()
-        facts = SysuserMilter.describer.describe(owner)
-        took = (time.perf_counter() - began) * 1e6
-        found = "" if "why" in facts else f", {took:.0f} us: {quote(facts.get('program', facts.get('pid')))}"
-        cure = HELPER_CURE if way == "the helper" else LSOF_CURE
-        report(f"programs: {way}{found}", facts.get("why", ""), cure)
-    if not way:
-        report("programs: sudo lsof", "not allowed", LSOF_CURE)
-    if way != "the helper":
-        lost = ("" if way else "root and ") + "clients that a NAT rule redirects stay unknown"
-        report("programs: the helper", f"not there, {UNPRIVILEGED}; {lost}", HELPER_CURE)
-    with contextlib.suppress(FileNotFoundError):
-        if read_file("/proc/sys/kernel/yama/ptrace_scope") == "3\n":
-            report("redirected clients", "kernel.yama.ptrace_scope = 3 keeps the helper from asking what they dialled",
-                   "set it to 2 in /etc/sysctl.d and reboot; until then they are lookup=redirected")
-
-
-def connections_found() -> OtherUsers:
-    """Give the connections that other users have to this host."""
-    lookup = cast(KernelLookup, SysuserMilter.lookup)
-    for diag in lookup.dump(0, 0):
-        is_other = diag.inode and diag.uid not in (0, os.geteuid())
-        if is_other and lookup.find(diag.destination, diag.source):
-            yield diag.source, diag.destination, diag.uid
-
-
-def connection_made() -> OtherUsers:
-    """Have a process of another user connect to this one; [] if that may not be."""
+def connection_made() -> Optional[tuple[Endpoint, Endpoint, int]]:
+    """Have a process of another user connect to this one; give both ends and its uid, or None."""
     # In a container that does not map all uids, 65534 stands for the others.
     user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
     listener, null = socket.create_server(("127.0.0.1", 0)), subprocess.DEVNULL
@@ -2674,13 +2608,13 @@ def connection_made() -> OtherUsers:
                          user=user.pw_uid, group=user.pw_gid, extra_groups=[])
         accepted, client = listener.accept()  # before, it is nobody's, see client_socket
     except OSError:
-        return []
+        return None
     accepted.detach()
-    return [(endpoint(*client), endpoint(*server), user.pw_uid)]
+    return endpoint(*client), endpoint(*server), user.pw_uid
 
 
 def container_made() -> Optional[Endpoint]:
-    """Have a process connect to itself in a network namespace of its own; give its end, None if it may not."""
+    """Have a process connect to itself in a network namespace of its own; give its end, or None."""
     near, far = socket.socketpair()
     if os.fork() == 0:
         try:
@@ -2730,7 +2664,7 @@ def status_mask(field: str, of: str = "self") -> int:
 
 def become(user: Optional[pwd.struct_passwd]) -> None:
     """Drop groups, gid and uid for good; None: stay. OSError."""
-    if user is None or (os.geteuid() == user.pw_uid and user.pw_uid):
+    if user is None or os.geteuid() == user.pw_uid != 0:
         return
     os.setgroups([])
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
@@ -2769,6 +2703,8 @@ def prepare(user: Optional[pwd.struct_passwd]) -> tuple[str, str]:
 
     Give what is wrong with sock_diag, or "", and who finds programs: "the helper", "sudo lsof" or "".
     """
+    if mapped_uids() < ENOUGH_UIDS:
+        raise RuntimeError("this user namespace maps too few uids to tell users apart (PrivateUsers=?)")
     try:
         lookup, lack = choose_lookup(lambda mta_end: SysuserMilter.describer.what_was_dialled(mta_end))
     except OSError as error:  # it may pass: no reason to do without sock_diag until the next start
@@ -2794,10 +2730,9 @@ def prepare_policy() -> None:
     directory.ask(milter.limits.look_up, None, None)
     for users in filter(None, (milter.blocked, milter.allowed)):
         users.now()
-        directory.ask(users.warn_of_doubles, None, None)
     if milter.blocked.problem:  # root could read the file, run_as_user cannot
         end(EX_CONFIG)
-    limited = blocked_mailusers or blocked_mailusers_file or hourly_limits or daily_limits or milter.allowed
+    limited = any((blocked_mailusers, blocked_mailusers_file, hourly_limits, daily_limits, milter.allowed))
     if limited and unidentified_action == "accept":
         say(WARNING, "unidentified_action is accept: a blocked user who arranges to be unknown is not refused")
 
@@ -2806,9 +2741,7 @@ def run() -> NoReturn:
     """Serve the MTA until told to stop."""
     # Threads begin in "prepare", and none may take these: the main thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    doing, problem = socketname, too_few_uids()
-    if problem:
-        end(EX_FAILED, problem)
+    doing = socketname
     try:
         if not handed_over() and os.path.lexists(socketname):
             if is_served(socketname):
@@ -2847,6 +2780,8 @@ def serve_mta(ways: str) -> NoReturn:
         beside = None if handed_over() or len(socketname) > 80 else os.path.dirname(socketname)
         with tempfile.TemporaryDirectory(dir=beside) as directory:
             path, aside = listen(f"{directory}/socket", signals)
+    except PermissionError:
+        end(EX_CONFIG, f"socketname = {socketname!r}: {run_as_user} may not write to {os.path.dirname(socketname)}")
     except (OSError, Milter.error) as error:
         end(EX_FAILED, f"{socketname}: {error}")
     SysuserMilter.path = path
@@ -2902,11 +2837,10 @@ def takes_signals() -> bool:
 
     Just when it begins to, it may take one that is on its way to the main thread.
     """
-    ours = {str(thread.native_id) for thread in threading.enumerate()}
-    with contextlib.suppress(OSError):  # a thread has ended
-        for thread in set(os.listdir("/proc/self/task")) - ours if LINUX else ():
-            if not status_mask("SigBlk", f"self/task/{thread}") & 1 << signal.SIGTERM - 1:
-                return True
+    ours, term = {thread.native_id for thread in threading.enumerate()}, 1 << signal.SIGTERM - 1
+    with contextlib.suppress(OSError):  # a thread has ended; or there is no such directory
+        others = set(map(int, os.listdir("/proc/self/task"))) - ours
+        return any(not status_mask("SigBlk", f"self/task/{thread}") & term for thread in others)
     return not LINUX
 
 
@@ -3009,12 +2943,11 @@ def main() -> int:
     sources, problems = take_settings_file(values)
     problems += settings_problems(values, sources)
     globals().update(values)
-    if arguments.check:
-        return check(sources, problems)
     if problems:
         end(EX_CONFIG, *problems)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    if arguments.check:
+        return check(sources)
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(LIBC, "mallopt"):  # glibc: else each thread has its own heap, and memory creeps up
         LIBC.mallopt(M_ARENA_MAX, 1)

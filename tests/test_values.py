@@ -413,6 +413,13 @@ def test_a_user_who_is_not_found_keeps_his_groups(monkeypatch: pytest.MonkeyPatc
     assert ms.look_up_account(700001, ALICE._replace(local=True)) == ms.Account(700001, 700001, None, ALICE.gids, True, local=True)
 
 
+def test_who_has_a_range_of_his_own_uid_keeps_his_name_and_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As podman and lxd advise, here by number: it delegates the uid to nobody else."""
+    monkeypatch.setattr(ms.pwd, "getpwuid", nobody)
+    monkeypatch.setattr(ms, "local_file", lambda path: ({}, {700001: {"700001": 1}} if path == "/etc/subuid" else {}))
+    assert ms.look_up_account(700001, ALICE) == ALICE
+
+
 def test_an_account_has_all_its_groups() -> None:
     """The primary one and the others, as getgrouplist(3) says."""
     assert 0 in ms.look_up_account(0, None).gids
