@@ -2282,14 +2282,30 @@ class Rule(NamedTuple):
     problems: Callable[[Any, Optional[pwd.struct_passwd]], Iterable[str]] = lambda value, user: ()
 
 
-def socket_problems(path: str, user: Any) -> Iterator[str]:
-    """Check what is at the socket's path; whether run_as_user may write there shows when he tries."""
+def socket_problems(path: str, user: Optional[pwd.struct_passwd]) -> Iterator[str]:
+    """Check what is at the socket's path, and its directory."""
+    directory = os.path.dirname(path)
     if "LISTEN_FDS" in os.environ:
         return  # the service manager has the socket
-    if not os.path.isdir(os.path.dirname(path)):
-        yield f"there is no directory {os.path.dirname(path)}"
+    if not os.path.isdir(directory):
+        yield f"there is no directory {directory}"
     elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         yield "there is something at that path that is not a socket"
+    elif user and not sockets_at(path, "01") and not may_write(directory, user):
+        # One that listens there was made for this user, by the service manager.
+        yield f"user {user.pw_name} may not write to {directory}"
+
+
+def may_write(directory: str, user: pwd.struct_passwd) -> bool:
+    """Ask the kernel, in a child that becomes the user, whether he may make files there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            become(user)
+            os._exit(not os.access(directory, os.W_OK | os.X_OK))
+        finally:  # that the milter may not become the user is told elsewhere
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def file_problems(path: Optional[str], user: Optional[pwd.struct_passwd]) -> Iterator[str]:
@@ -2448,7 +2464,7 @@ def report(is_well: bool, what: str, problem: str, cure: str, state: str = "warn
 
 def check(sources: dict[str, str]) -> int:
     """Show on one screen whether this will work, and log what a start logs; give the exit status."""
-    print("ok    settings")
+    print("ok    settings, and the socket's directory")
     for name, rule in RULES.items():
         value, source = globals()[name], sources.get(name, "the script")
         if value != rule.default:
@@ -2583,13 +2599,9 @@ def check_containers(end: Optional[Endpoint]) -> None:
 
 
 def check_files() -> None:
-    """Set up lists and limits, and look what run_as_user may read and write; OSError."""
+    """Set up lists and limits, and look whether the queue can be read; OSError."""
     delegated_to(0)
     prepare_policy()
-    # A socket that listens there was made for this user, by the service manager.
-    directory, given = os.path.dirname(socketname), sockets_at(socketname, "01") > 0
-    report(given or os.access(directory, os.W_OK | os.X_OK), f"socket: {directory}",
-           "is not run_as_user's to write to", "choose another directory for socketname, or chown it", "FAIL")
     incoming = os.path.join(find_queue(), "incoming")
     report(os.access(incoming, os.R_OK | os.X_OK), f"users: of sendmail(1), from {incoming}", "cannot be read",
            "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
@@ -2780,8 +2792,6 @@ def serve_mta(ways: str) -> NoReturn:
         beside = None if handed_over() or len(socketname) > 80 else os.path.dirname(socketname)
         with tempfile.TemporaryDirectory(dir=beside) as directory:
             path, aside = listen(f"{directory}/socket", signals)
-    except PermissionError:
-        end(EX_CONFIG, f"socketname = {socketname!r}: {run_as_user} may not write to {os.path.dirname(socketname)}")
     except (OSError, Milter.error) as error:
         end(EX_FAILED, f"{socketname}: {error}")
     SysuserMilter.path = path

@@ -20,7 +20,7 @@ import mta
 RULE = pathlib.Path("/etc/sudoers.d/zz-milter-test")
 LOGGED = r"[-\d]+ [:\d]+ (ERROR|WARNING) "  # what the start logs, too
 FORM = re.compile(rf"(ok  |warn|FAIL)  .+|      -> .+|      \w+ = .+, from .+; as delivered: .+|{LOGGED}.+")
-SETTINGS_WELL = "ok    settings"
+SETTINGS_WELL = "ok    settings, and the socket's directory"
 
 
 class Checked(types.SimpleNamespace):
@@ -82,7 +82,7 @@ def test_as_root_all_is_well(check: Any, sees_others: None) -> None:
     """It makes a process of another user, and names it through the helper; each way has its time."""
     found = check({"non_smtpd_milters": "$smtpd_milters"})
     assert found.status == 0
-    assert [line[:4] for line in found.lines if line[0] != " " and "cgroup" not in line] == ["ok  "] * 9
+    assert [line[:4] for line in found.lines if line[0] != " " and "cgroup" not in line] == ["ok  "] * 8
     assert found.lines[0] == SETTINGS_WELL
     assert re.fullmatch(r"ok    users: another user's connection, \d+ us", found.line("users: another"))
     assert re.fullmatch(r"ok    programs: the helper, \d+ us: python3", found.line("programs: the helper"))
@@ -205,7 +205,7 @@ def test_a_directory_that_the_milter_may_not_write_to_is_a_failure(check: Any, t
     """Found before mail depends on it."""
     found = check(socketname=f"{tmp_path}/milter.sock")
     assert found.status == 78
-    assert found.line("socket: ") == f"FAIL  socket: {tmp_path}: is not run_as_user's to write to"
+    assert found.lines[0].endswith(f"user postfix may not write to {tmp_path}")
 
 
 def test_nothing_is_left_of_it(check: Any, postfix: mta.Postfix) -> None:

@@ -392,11 +392,9 @@ def test_a_root_that_may_not_become_run_as_user_is_one_line(make_milter: Callabl
 
 def test_a_directory_that_run_as_user_may_not_write_to_is_a_problem(make_milter: Callable,
                                                                     directory: pathlib.Path) -> None:
-    """As the kernel says it when he tries."""
-    milter = make_milter(socketname=f"{directory}/sock")
-    assert milter.run() == 78
-    (line,) = milter.lines("ERROR")
-    assert f"ERROR socketname = '{directory}/sock': postfix may not write to {directory}" in line
+    """Said before root is given up."""
+    (line,) = problems(make_milter(socketname=f"{directory}/sock"))
+    assert "socketname" in line and f"user postfix may not write to {directory}" in line
 
 
 def test_a_directory_out_of_run_as_users_reach_is_one_line(make_milter: Callable, directory: pathlib.Path) -> None:
