@@ -1160,8 +1160,8 @@ def note_lack(what: str, lacks: bool) -> None:
             LACKING.pop(noted, None)
     if lacked != bool(LACKING):
         say(WARNING, "the directory service (NSS) " + (
-            f"lacks what it had ({quote(what)}): whoever was in a group stays in it, and nobody is refused for good "
-            "for being in none" if LACKING else "has again what it had"))
+            f"lacks what it had ({quote(what)}): users keep their groups, and nobody is refused for good for being in "
+            "no group" if LACKING else "has again what it had"))
 
 
 def state_of_files() -> tuple[Any, ...]:
@@ -1499,7 +1499,7 @@ class Limits:
                 if entry:
                     limits[entry.pw_uid] = limits[name]
                 else:
-                    say(WARNING, f"{setting}: {quote(name)} is not found: mend the name, or start again when "
+                    say(WARNING, f"{setting}: {quote(name)} is not found: correct the name, or restart when "
                                  "there is that user")
 
     def used(self, uid: int, step: int) -> int:
@@ -2471,7 +2471,7 @@ def check(sources: dict[str, str]) -> int:
             print(f"      {name} = {shown(value)}, from {source}; as delivered: {rule.default!r}")
     check_postfix()
     if is_lost(socketname):
-        warn(socketname, "is not the socket any more that a milter listens on", SOCKET_CURE)
+        warn(socketname, "is not the socket any more that a milter listens on: mail passes", SOCKET_CURE)
     try:
         # Both take the privilege that "prepare" drops.
         connection = connection_made()
@@ -2494,7 +2494,7 @@ def postconf(*arguments: str) -> list[str]:
     """Ask Postfix for its settings; OSError, SubprocessError, ValueError if it gives none."""
     command = shutil.which("postconf", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin")
     if command is None:
-        raise FileNotFoundError("postconf is not there to ask")
+        raise FileNotFoundError("there is no postconf to ask")
     ran = subprocess.run([command, *arguments], stdin=subprocess.DEVNULL, capture_output=True,
                          timeout=10, check=False)
     if ran.returncode:
@@ -2508,7 +2508,7 @@ def check_postfix() -> None:
         # In the second, of services in master.cf, a name is SERVICE/TYPE/NAME.
         lines, services = postconf("-x") + postconf("-Px"), map(str.split, postconf("-M"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        warn("Postfix", str(error), "correct what it says; with Sendmail, see README, Sendmail")
+        warn("Postfix", str(error), "if the MTA is Postfix, mend what it says; if it is Sendmail, see README, Sendmail")
         return
     settings = dict(re.findall(r"^\s*(\S+) = *(.*?)\s*$", "\n".join(lines), re.MULTILINE))
     # Columns of master.cf(5): the fifth is chroot ("-": no, since Postfix 3.0), the eighth the command.
@@ -2554,10 +2554,10 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
 
 
 def check_users(connection: Optional[tuple[Endpoint, Endpoint, int]]) -> Optional[ClientSocket]:
-    """Find the owner of another user's connection; None if that fails."""
-    what = "users: another user's connection"
+    """Find the owner of a connection; None if that fails."""
+    what = "users: a connection made for this"
     if connection is None:
-        warn(what, "was not tried, nor was its program", "run this as root, with CAP_SETUID")
+        warn(what, "was not tried, nor was its program", "give root CAP_SETUID and CAP_SETGID")
         return None
     client, server, uid = connection
     owner: ClientSocket
@@ -2592,7 +2592,7 @@ def check_containers(end: Optional[Endpoint]) -> None:
     """Look whether the helper finds a connection in another namespace; None: there is none."""
     what = "containers: a connection in another network namespace"
     if end is None:
-        warn(what, "was not tried, as none can be made here", CURES["the helper"])
+        warn(what, "was not tried, because none can be made here", CURES["the helper"])
         return
     facts, took = timed(SysuserMilter.describer.find_in_containers, end, end)
     report(facts.get("uid") == 0, f"{what}, {took}", f"is not found ({facts.get('why')})", CURES["the helper"])
@@ -2604,25 +2604,27 @@ def check_files() -> None:
     prepare_policy()
     incoming = os.path.join(find_queue(), "incoming")
     report(os.access(incoming, os.R_OK | os.X_OK), f"users: of sendmail(1), from {incoming}", "cannot be read",
-           "run_as_user must be Postfix's mail_owner, and socketname lie below its queue_directory")
+           "set run_as_user to Postfix's mail_owner, and put socketname below its queue_directory")
 
 
 def connection_made() -> Optional[tuple[Endpoint, Endpoint, int]]:
-    """Have a process of another user connect to this one; give both ends and its uid, or None."""
-    # In a container that does not map all uids, 65534 stands for the others.
-    user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
+    """Have a process connect to this one, for root another user's; give both ends and its uid, or None."""
+    uid, identity = os.geteuid(), cast(dict[str, Any], {})
+    if uid == 0:
+        # In a container that does not map all uids, 65534 stands for the others.
+        user = pwd.getpwnam("nobody" if mapped_uids() == ALL_UIDS else "daemon")
+        uid, identity = user.pw_uid, {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     listener, null = socket.create_server(("127.0.0.1", 0)), subprocess.DEVNULL
     listener.settimeout(10)
     server = listener.getsockname()
     code = f"import socket; socket.create_connection({server}).recv(1)"  # until --check ends
     try:
-        subprocess.Popen([sys.executable, "-Ic", code], stdin=null, stderr=null, cwd="/",
-                         user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+        subprocess.Popen([sys.executable, "-Ic", code], stdin=null, stderr=null, cwd="/", **identity)
         accepted, client = listener.accept()  # before, it is nobody's, see client_socket
     except OSError:
         return None
     accepted.detach()
-    return endpoint(*client), endpoint(*server), user.pw_uid
+    return endpoint(*client), endpoint(*server), uid
 
 
 def container_made() -> Optional[Endpoint]:
@@ -2767,7 +2769,7 @@ def run() -> NoReturn:
         end(EX_FAILED, str(error))
     if lack:
         by_psutil = isinstance(SysuserMilter.lookup, PsutilLookup)
-        say(WARNING, lack + (": psutil is used, which names the holder of a socket for its owner" if by_psutil else ""))
+        say(WARNING, lack + (": psutil is used, and names the holder of a socket instead of its owner" if by_psutil else ""))
     ways = f"version {VERSION}: users from {SysuserMilter.lookup.name}; programs " + (
         f"through {way}" if way else f"are unknown, {UNPRIVILEGED} and without sudo lsof")
     say(INFO, ways)
@@ -2906,7 +2908,7 @@ def stop(path: str, aside: tuple[int, int], signals: queue.SimpleQueue[int]) -> 
             told.append(signals.get(timeout=0.03))  # also the time for an accept(2) that has begun
         left = sockets_at(path, "03", "" if handed_over() else "02")
     if left:
-        say(WARNING, f"{left} sessions are still open: the MTA goes on in them as where no milter is")
+        say(WARNING, f"{left} sessions are still open: their mail passes as without a milter")
     restart = set(told) == {signal.SIGHUP}
     say(INFO, "stopped, to be started again" if restart else "stopped")
     end(EX_RESTART if restart else 0)

@@ -445,7 +445,7 @@ def test_a_session_that_does_not_end_is_cut_off(handed_over: bool, manager: Mana
         milter.process.terminate()
         assert milter.process.wait(20) == 0 and 0.9 < time.monotonic() - began < 3
     assert [line.split(" ", 2)[2] for line in milter.lines()[-2:]] == [
-        "WARNING 1 sessions are still open: the MTA goes on in them as where no milter is", "INFO stopped"]
+        "WARNING 1 sessions are still open: their mail passes as without a milter", "INFO stopped"]
 
 
 @pytest.fixture
