@@ -62,11 +62,12 @@ def ended(pid: int) -> bool:
 
 def wait_for(condition: Callable[[], Any], timeout: float = 10, what: str = "the condition") -> Any:
     """Poll until condition() is true and return its value; raise AssertionError naming `what` after timeout s."""
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise AssertionError(f"waited {timeout} s in vain for {what}")
-        time.sleep(0.01)
+        time.sleep(min(max(0.005, waited / 10), 0.1))  # whoever polls a long log takes time from what it waits for
     return value
 
 
@@ -490,6 +491,12 @@ class Milter(Instance):
         if not private.exists():
             private.mkdir(0o755)
             os.chown(private, pwd.getpwnam(user or settings.get("run_as_user", "postfix") or "root").pw_uid, -1)
+        config = self.directory / "etc"  # the Postfix's, or an empty one: without, postconf would wait 1 s at each start
+        if not config.exists():
+            config.mkdir()
+            for name in "main.cf", "master.cf":
+                (config / name).touch()
+                os.utime(config / name, (0, 0))
         self.settings = {"socketname": f"{private}/milter.sock", "settings_file": None, **settings}
         self.script = self.directory / "milter_sysuser.py"
         self.script.write_text(edit_settings(source, self.settings))
@@ -499,7 +506,7 @@ class Milter(Instance):
         stream = {"JOURNAL_STREAM": f"{log.stat().st_dev}:{log.stat().st_ino}"} if journal else {}
         self.command = [*prefix, PYTHON, str(self.script), *args]
         self.options = {"env": {**{k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}, **stream,
-                                **(env or {})}, "pass_fds": fds,
+                                "MAIL_CONFIG": str(config), **(env or {})}, "pass_fds": fds,
                         **(identity(user) if user else {"cwd": "/"})}
         self.process: Optional[subprocess.Popen] = None
 
