@@ -276,14 +276,6 @@ def net(network: Net) -> Iterator[Net]:
     assert "Traceback" not in network.milter.log()
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    """Say which kind of address."""
-    if request.param == "ip6" and not has_ipv6():
-        pytest.skip("no IPv6 here")
-    return request.param
-
-
 # --- who is named -----------------------------------------------------------------------------------------------
 
 UNITS = {"docker": f"docker-{ID}.scope", "podman": f"libpod-{ID}.scope", "lxc": f"lxc.payload.{ID[:8]}"}
