@@ -490,7 +490,7 @@ class Milter(Instance):
         if not private.exists():
             private.mkdir(0o755)
             os.chown(private, pwd.getpwnam(user or settings.get("run_as_user", "postfix") or "root").pw_uid, -1)
-        config = self.directory / "etc"  # the Postfix's, or an empty one: without, postconf would wait 1 s at each start
+        config = self.directory / "etc"  # the Postfix's, or an empty one: without, postconf waits 1 s at each start
         if not config.exists():
             config.mkdir()
             for name in "main.cf", "master.cf":

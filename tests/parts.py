@@ -74,7 +74,8 @@ def run(command: list[str]) -> int:
         for number, what in re.findall(r"(\d+) ([a-z]+)(?=,| in )", text.rstrip().rpartition("\n")[2]):
             counts[what] += int(number)
         print("\n" + (text if status else "\n".join(re.findall("^SKIPPED .*", text, re.M))), end="")
-    print("\n" + ", ".join(f"{number} {what}" for what, number in counts.items()), f"in {time.monotonic() - began:.0f} s")
+    sums = ", ".join(f"{number} {what}" for what, number in counts.items())
+    print(f"\n{sums} in {time.monotonic() - began:.0f} s")
     return max(statuses)
 
 
