@@ -121,6 +121,14 @@ def ipv6() -> None:
         pytest.skip("no IPv6 here")
 
 
+@pytest.fixture(params=["ip", "ip6"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Say which address family, as nftables calls it."""
+    if request.param == "ip6" and not mta.has_ipv6():
+        pytest.skip("no IPv6 here")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def shared_mail(root: None) -> Iterator[types.SimpleNamespace]:
     """Start the Postfix (.postfix) and milter (.milter) that tests with default settings share."""

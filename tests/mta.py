@@ -490,6 +490,12 @@ class Milter(Instance):
         if not private.exists():
             private.mkdir(0o755)
             os.chown(private, pwd.getpwnam(user or settings.get("run_as_user", "postfix") or "root").pw_uid, -1)
+        config = self.directory / "etc"  # the Postfix's, or an empty one: without, postconf waits 1 s at each start
+        if not config.exists():
+            config.mkdir()
+            for name in "main.cf", "master.cf":
+                (config / name).touch()
+                os.utime(config / name, (0, 0))
         self.settings = {"socketname": f"{private}/milter.sock", "settings_file": None, **settings}
         self.script = self.directory / "milter_sysuser.py"
         self.script.write_text(edit_settings(source, self.settings))
@@ -499,7 +505,7 @@ class Milter(Instance):
         stream = {"JOURNAL_STREAM": f"{log.stat().st_dev}:{log.stat().st_ino}"} if journal else {}
         self.command = [*prefix, PYTHON, str(self.script), *args]
         self.options = {"env": {**{k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}, **stream,
-                                **(env or {})}, "pass_fds": fds,
+                                "MAIL_CONFIG": str(config), **(env or {})}, "pass_fds": fds,
                         **(identity(user) if user else {"cwd": "/"})}
         self.process: Optional[subprocess.Popen] = None
 

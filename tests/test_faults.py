@@ -27,7 +27,7 @@ SUDOERS = pathlib.Path("/etc/sudoers.d/milter-sysuser-test")
 # Send messages over many connections at once, to a number or (0) until standard input ends; print what became of each.
 CLIENT = r'''
 import collections, json, os, socket, sys, threading, time
-port, name, connections, most, each = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+port, name, connections, most, each, pause = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]), float(sys.argv[6])
 todo, sent, uncertain, deferred, times = collections.deque(), [], [], [], []
 stop, lock, deadline, made = threading.Event(), threading.Lock(), time.monotonic() + 1800, 0
 def more():
@@ -88,6 +88,7 @@ def work():
         if left == ident:
             deferred.append(ident)
             time.sleep(0.05)
+        time.sleep(pause)
         ident = more() if left is None else left
     if ident is not None:
         deferred.append(ident + " never")
@@ -124,18 +125,19 @@ class Load:
 
     most  messages of each user; 0: until finish()
     each  messages in one connection
+    pause seconds between two connections: while no milter delays it, a load without any takes both processors
 
     After finish(), .times has when each message's connection began and when it was taken (monotonic), by the message's
     name, and .untagged the names of those without a header.
     """
 
-    def __init__(self, postfix: mta.Postfix, most: int = 0, each: int = 1) -> None:
+    def __init__(self, postfix: mta.Postfix, most: int = 0, each: int = 1, pause: float = 0) -> None:
         self.postfix, self.inbox = postfix, postfix.directory / "mail/inbox/new"
         postfix.forget_messages()
         self.times: dict[str, tuple[float, float]] = {}
         self.untagged: list[str] = []
         self.clients = [mta.as_user(user, [mta.PYTHON, "-c", CLIENT, *map(str, (
-            postfix.port, user, CONNECTIONS, most, each))]) for user in USERS]
+            postfix.port, user, CONNECTIONS, most, each, pause))]) for user in USERS]
 
     def delivered(self) -> int:
         """Count the messages delivered so far."""

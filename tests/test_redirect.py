@@ -230,14 +230,6 @@ def net(network: Net) -> Iterator[Net]:
     assert "Traceback" not in network.milter.log()
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    """Say which table of nftables: the address family."""
-    if request.param == "ip6" and not has_ipv6():
-        pytest.skip("no IPv6 here")
-    return request.param
-
-
 # --- redirected clients -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("nat", ["redirect to :{port}", "dnat to {loopback}:{port}"])

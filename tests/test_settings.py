@@ -474,7 +474,7 @@ def test_without_a_connection_to_try_the_kernel_on_it_starts_later(make_milter: 
 
 # A user holds every port that clients are given, for as long as the command lives: its arguments are uid, command...
 HOLD_PORTS = """
-import ctypes, os, signal, socket, sys
+import os, socket, sys, time
 os.seteuid(int(sys.argv[1]))
 held = [socket.socket(family) for family in (socket.AF_INET, socket.AF_INET6) for _ in range(10)]
 for n, sock in enumerate(held):
@@ -482,10 +482,11 @@ for n, sock in enumerate(held):
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     sock.bind(("", 40000 + n % 10))
 os.seteuid(0)
+command = os.getpid()
 if os.fork() == 0:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    while True:
-        signal.pause()
+    while os.getppid() == command:
+        time.sleep(0.1)
+    os._exit(0)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
