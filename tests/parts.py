@@ -75,7 +75,7 @@ def run(command: list[str]) -> int:
             counts[what] += int(number)
         print("\n" + (text if status else "\n".join(re.findall("^SKIPPED .*", text, re.M))), end="")
     sums = ", ".join(f"{number} {what}" for what, number in counts.items())
-    print(f"\n{sums} in {time.monotonic() - began:.0f} s")
+    print(f"\n{sums} in {time.monotonic() - began:.2f}s")
     return max(statuses)
 
 
