@@ -54,7 +54,7 @@ class Part:
 
 def run(command: list[str]) -> int:
     """Run the parts, show whole what failed, then what was skipped and the sum; give the exit status."""
-    by_size = sorted(pathlib.Path("tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)  # so, too, by time
+    by_size = sorted(pathlib.Path("tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)  # so by time
     began, parts, counts = time.monotonic(), [], collections.Counter()
     try:
         for number in range(PARTS):

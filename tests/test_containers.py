@@ -262,6 +262,7 @@ def network(subuid: Any, sees_others: None, patient: pathlib.Path) -> Iterator[N
                       ("lxc", 7, f"lxc.payload.{ID[:8]}/system.slice/apache2.service", mapped))}
         other = "{ unix:private/other.sock, default_action=accept }"
         postfix = stack.enter_context(Inside(host.enter, addresses="all", services={"other": {"smtpd_milters": other}}, main_cf={
+            "smtpd_forbid_unauth_pipelining": "no",  # as before 3.9
             "mynetworks": "127.0.0.0/8 172.17.0.0/16 [::1]/128 [fd00:17::]/64"}))
         milter = stack.enter_context(Milter(postfix, prefix=host.enter, script=patient, container_networks=NETWORKS,
                                             blocked_mailusers=["mst-bob", 1033, FIRST_UID + 1033]))
