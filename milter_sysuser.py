@@ -1850,9 +1850,7 @@ class Finder:
         PermissionError if it is not found where this may look, and there is more.
         """
         recent = self.recent.get(self.uid, [])
-        # One client has it where it was last; of many that take turns, where it was the longest ago.
-        places = recent[:1] + recent[:0:-1]
-        found = next((place for place in places if self.is_target(*place)), None) or self.search(recent)
+        found = next((place for place in recent if self.is_target(*place)), None) or self.search(recent)
         if found:
             remember(self.recent, self.uid, list(dict.fromkeys([found, *recent]))[:MOST_RECENT])
         return found
