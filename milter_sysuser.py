@@ -2767,7 +2767,7 @@ def run() -> NoReturn:
         end(EX_FAILED, str(error))
     if lack:
         by_psutil = isinstance(SysuserMilter.lookup, PsutilLookup)
-        say(WARNING, lack + (": psutil is used, and names the holder of a socket instead of its owner" if by_psutil else ""))
+        say(WARNING, lack + (": psutil is used, and names the holder of a socket, not its owner" if by_psutil else ""))
     ways = f"version {VERSION}: users from {SysuserMilter.lookup.name}; programs " + (
         f"through {way}" if way else f"are unknown, {UNPRIVILEGED} and without sudo lsof")
     say(INFO, ways)
