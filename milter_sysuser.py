@@ -1896,7 +1896,7 @@ class Finder:
             pids = source()
             from_both_ends = dict.fromkeys(itertools.chain.from_iterable(zip(reversed(pids), pids)))
             new = [pid for pid in from_both_ends if pid not in own]
-            for places in set(links), ["fd"]:
+            for places in filter(None, (set(links), ["fd"])):
                 yield from ((pid, place) for pid in new if is_own(pid) for place in places)
         for pid in filter(own.get, own):
             self.charge(1)
