@@ -604,3 +604,15 @@ def test_a_search_is_given_up_within_a_table_that_is_longer_than_its_budget(link
     finally:
         for descriptor in [held, *copies]:
             os.close(descriptor)
+
+
+def test_the_newest_process_of_a_crowd_is_looked_at_first(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is remembered of the user: not one of the others is asked for whose it is before."""
+    others = range(5_000_000, 5_002_000)  # above the kernel's PID_MAX_LIMIT
+    monkeypatch.setattr(ms, "cgroup_pids", lambda *of: [*others, os.getpid()])
+    with socket.socket() as sock:
+        finder = ms.Finder(["program"])
+        finder.target, finder.uid = f"socket:[{os.fstat(sock.fileno()).st_ino}]", os.geteuid()
+        finder.deadline, finder.links = float("inf"), 1000
+        assert finder.find_holder() == (os.getpid(), f"fd/{sock.fileno()}")
+        assert finder.links > 1000 - 100
