@@ -1897,7 +1897,8 @@ class Finder:
             from_both_ends = dict.fromkeys(itertools.chain.from_iterable(zip(reversed(pids), pids)))
             new = [pid for pid in from_both_ends if pid not in own]
             for places in filter(None, (set(links), ["fd"])):
-                yield from ((pid, place) for pid in new if is_own(pid) for place in places)
+                yield from ((pid, place) for pid in new if is_own(pid) for place in places
+                            if (pid, place) not in recent)
         for pid in filter(own.get, own):
             self.charge(1)
             yield from ((pid, table) for table in thread_tables(pid))
