@@ -20,6 +20,7 @@ import threading
 import time
 
 import mta
+from sendmail import Sendmail
 
 PARTS = 3  # on two processors, too: a test mostly waits
 OWN = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec", """
@@ -83,6 +84,7 @@ if __name__ == "__main__":
     mta.leave_chroot()
     for caught in signal.SIGINT, signal.SIGTERM:
         signal.signal(caught, lambda number, frame: (signal.signal(number, signal.SIG_IGN), sys.exit(128 + number)))
+    Sendmail.missing()  # fetches its packages now: in the parts there is no way out
     with tempfile.TemporaryDirectory(prefix="milter-test.") as directory:
         tried = subprocess.run([*OWN, directory, "true"], capture_output=True, text=True)
         if tried.returncode == 0:
