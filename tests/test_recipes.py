@@ -447,3 +447,40 @@ def test_a_smarthost_keeps_the_tags_of_its_web_nodes(make_mail: Callable, admini
         mail.postfix.forget_messages()
         mta.run_as("mst-bob", [*client, "--bind", address])
         assert mail.postfix.wait_messages(1)[0].get_all(HEADER) == tags
+
+
+# Says what becomes of a connection to an address and port, as some user: USER ADDRESS PORT, ...
+DIAL = r'''
+import errno, os, pwd, socket, sys
+listener = socket.create_server(("127.0.0.1", 10025))
+for user, address, port in zip(*[iter(sys.argv[1:])] * 3):
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setuid(pwd.getpwnam(user).pw_uid)
+        with socket.socket() as client:
+            client.settimeout(0.5)
+            result = client.connect_ex((address, int(port)))
+        os.write(1, f"{user} {port} {errno.errorcode.get(result, 'connected')}\n".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+'''
+
+
+def test_the_firewall_lets_the_filter_reach_its_listener_and_postfix_other_hosts(tmp_path: pathlib.Path,
+                                                                                users: types.SimpleNamespace) -> None:
+    """And nobody else; with mst-alice in the place of the filter's user, and no other host that would answer."""
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("no network namespace can be made here")
+    text = mta.README.read_text().partition("\n### Content filters")[2]
+    table = re.search(r"^    table inet mail \{\n(?:    .*\n)+", text, re.M)[0]
+    assert '"amavis"' in table
+    (tmp_path / "table").write_text(table.replace('"amavis"', '"mst-alice"'))
+    setup = ("ip link set lo up && ip link add mst8 type veth peer name mst9 && ip address add 192.0.2.1/24 dev mst8 && "
+             f'ip link set mst8 up && ip link set mst9 up && nft -f {tmp_path}/table && exec "$@"')
+    dials = [(user, *to) for to in (("127.0.0.1", "10025"), ("192.0.2.2", "25")) for user in ("mst-alice", "mst-bob", "postfix")]
+    said = subprocess.run(["unshare", "--net", "sh", "-c", setup, "sh", mta.PYTHON, "-c", DIAL, *sum(dials, ())],
+                          capture_output=True, text=True, timeout=60)
+    assert said.stdout.splitlines() == [
+        "mst-alice 10025 connected", "mst-bob 10025 ECONNREFUSED", "postfix 10025 ECONNREFUSED",
+        "mst-alice 25 ECONNREFUSED", "mst-bob 25 ECONNREFUSED", "postfix 25 EAGAIN"], said.stderr
