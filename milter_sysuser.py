@@ -249,7 +249,7 @@ class SysuserMilter(Base):  # type: ignore[misc]
 
     def hello(self, hostname: str) -> int:
         """Confirm the owner: behind EHLO's answer a client can send all the rest and reset."""
-        if self.owner.uid is not None and not self.confirmed:
+        if self.owner.uid is not None:
             with contextlib.suppress(OSError, psutil.Error):  # at the end it is tried again
                 self.confirm()
         return self.answer()

@@ -991,6 +991,25 @@ def test_a_rival_who_comes_during_the_look_is_seen(how: str, script: Any, monkey
     assert one.confirm() == "reused" and not one.confirmed
 
 
+def test_a_rival_who_came_and_went_before_the_message_takes_no_name(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read between MAIL and the end of the message is enough, as it was between EHLO and MAIL."""
+    monkeypatch.setattr(script.SysuserMilter, "claims", {})
+    diag = script.Diag(1, *[script.Endpoint(b"\x7f\0\0\1", 25)] * 2, 1001, 1, 4711)
+    read = iter(range(20, 200, 20))
+    look = types.SimpleNamespace(look_again=lambda mta_end: mta_end._replace(read=next(read)))
+    monkeypatch.setattr(script.SysuserMilter, "lookup", look, raising=False)
+    one, rival = script.SysuserMilter(), script.SysuserMilter()
+    for session in one, rival:
+        session.owner = script.ClientSocket(1001, "", 1, mta_end=diag)
+    one.claims[diag.cookie] = [one]
+    one.hello("client")
+    assert one.confirmed
+    one.claims[diag.cookie].append(rival)
+    rival.close()
+    one.envfrom("from@example.org")
+    assert not one.confirm()
+
+
 @pytest.mark.parametrize("path", ["fd", "task"])
 @pytest.mark.parametrize("refusal, why", [(errno.ENFILE, "gone"), (errno.EACCES, "not-permitted")], ids=["for want of files", "by a rule"])
 def test_a_holder_who_cannot_be_looked_at_is_not_overlooked(
